@@ -1,0 +1,118 @@
+"""Every exception of mmunotify, one tree.
+
+    MmuNotifyError
+    ├── RangeError (ValueError)            a range that no address space can have
+    ├── LockError (RuntimeError)           a lock used in a way that a kernel would hang on
+    │   ├── SpinlockHeld                   a spinlock was found held
+    │   ├── LockNotHeld                    released or asserted, but not held
+    │   ├── ScheduleWhileAtomic            something suspended where it must not
+    │   └── LockdepViolation               the order of locks can deadlock, or did
+    │       ├── LockOrderViolation
+    │       └── LockRecursion
+    ├── NotifierError (RuntimeError)       a subscription used against its contract
+    │   ├── AlreadyRegistered
+    │   ├── NotRegistered
+    │   ├── AddressSpaceExited             mm_users has reached zero
+    │   ├── CalledFromCallback             would wait for the callback that it was called from
+    │   ├── CallbackHung                   a callback outlived the grace that its owner gave it
+    │   └── ForeignThread                  called from a thread that is not the event loop's
+    ├── DriverError (TypeError)            a driver class that breaks the callback contract
+    │   ├── WrongColour                    a coroutine where a plain function is due, or the reverse
+    │   └── UnknownCallback                a callback that nobody would ever call
+    ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
+    ├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
+    └── PluginError                        an entry point that cannot be used
+"""
+
+from __future__ import annotations
+
+
+class MmuNotifyError(Exception):
+    """What every exception raised by mmunotify has as its base."""
+
+
+class RangeError(MmuNotifyError, ValueError):
+    """A range is empty, negative, or ends beyond 2**64."""
+
+
+class LockError(MmuNotifyError, RuntimeError):
+    """A lock was used in a way that would hang or corrupt a kernel."""
+
+
+class SpinlockHeld(LockError):
+    """A spinlock was found held: its holder suspended, or this is recursion.
+
+    In one thread nobody else can be about to release it, so waiting would never end.
+    """
+
+
+class LockNotHeld(LockError):
+    """A lock was released, downgraded or asserted by somebody who does not hold it."""
+
+
+class ScheduleWhileAtomic(LockError):
+    """The event loop ran, or would have to run, inside a section that must not suspend."""
+
+
+class LockdepViolation(LockError):
+    """Lockdep saw an order of locks that can deadlock; the message shows both chains."""
+
+
+class LockOrderViolation(LockdepViolation):
+    """Two locks (or classes of locks) were taken in both orders."""
+
+
+class LockRecursion(LockdepViolation):
+    """A task took a lock, or a class of locks, that it already holds."""
+
+
+class NotifierError(MmuNotifyError, RuntimeError):
+    """A subscription was used against its contract."""
+
+
+class AlreadyRegistered(NotifierError):
+    """The driver instance already serves an address space."""
+
+
+class NotRegistered(NotifierError):
+    """The subscription was never registered here, or has been unregistered."""
+
+
+class AddressSpaceExited(NotifierError):
+    """The address space has exited (mm_users is 0); nobody can register any more."""
+
+
+class CalledFromCallback(NotifierError):
+    """Called from a driver's callback, it would wait for that very callback to return."""
+
+
+class CallbackHung(NotifierError):
+    """A callback was still running when the grace period that its owner allowed was over."""
+
+
+class ForeignThread(NotifierError):
+    """Called from a thread that does not run the event loop; `post` is the thread-safe entry."""
+
+
+class DriverError(MmuNotifyError, TypeError):
+    """A driver class breaks the callback contract."""
+
+
+class WrongColour(DriverError):
+    """A callback is a coroutine where a plain function is due, or the other way round."""
+
+
+class UnknownCallback(DriverError):
+    """A driver defines what looks like a callback, but nobody would ever call it."""
+
+
+class WouldBlock(MmuNotifyError, BlockingIOError):
+    """-EAGAIN: a section that must not suspend met a driver that has to."""
+
+
+class Interrupted(MmuNotifyError, InterruptedError):
+    """-EINTR: cancelled while taking many locks; none of them is held."""
+
+
+class PluginError(MmuNotifyError):
+    """A driver plugin cannot be used."""
