@@ -47,10 +47,11 @@ class Range:
     `blockable` is False inside a section that must not suspend (the OOM reaper); the notifiers
     set it, whoever makes a range does not. `owner` is meaningful only for MIGRATE, EXCLUSIVE and
     a CLEAR that undoes them. A range belongs to the section that was opened with it and is not
-    changed by drivers. Source: struct mmu_notifier_range.
+    changed by drivers. `span` identifies the section in a trace, 0 when nobody traces. Source:
+    struct mmu_notifier_range.
     """
 
-    __slots__ = ("blockable", "end", "event", "owner", "start")
+    __slots__ = ("blockable", "end", "event", "owner", "span", "start")
 
     def __init__(
         self, start: int, end: int, event: Event = Event.UNMAP, *, owner: object = None
@@ -64,19 +65,21 @@ class Range:
         self.event = event
         self.blockable = True
         self.owner = owner
+        self.span = 0
 
     def __repr__(self) -> str:
         extra = "" if self.blockable else " nonblock"
         return f"<Range [{self.start:#x}, {self.end:#x}) {self.event.name}{extra}>"
 
-    def __len__(self) -> int:
+    @property
+    def pages(self) -> int:
         """Size in pages, partly covered ones included."""
         return page_count(self.start, self.end)
 
     def clamp(self, start: int, end: int) -> tuple[int, int] | None:
         """The part of this range inside [start, end) in bytes, or None if they do not meet."""
-        low = self.start if self.start > start else start
-        high = self.end if self.end < end else end
+        low = max(self.start, start)
+        high = min(self.end, end)
         return (low, high) if low < high else None
 
     def overlaps(self, start: int, end: int) -> bool:
