@@ -1,27 +1,27 @@
 """Every exception of mmunotify, one tree.
 
-    MmuNotifyError
-    ├── RangeError (ValueError)            a range that no address space can have
-    ├── LockError (RuntimeError)           a lock used in a way that a kernel would hang on
-    │   ├── SpinlockHeld                   a spinlock was found held
-    │   ├── LockNotHeld                    released or asserted, but not held
-    │   ├── ScheduleWhileAtomic            something suspended where it must not
-    │   └── LockdepViolation               the order of locks can deadlock, or did
-    │       ├── LockOrderViolation
-    │       └── LockRecursion
-    ├── NotifierError (RuntimeError)       a subscription used against its contract
-    │   ├── AlreadyRegistered
-    │   ├── NotRegistered
-    │   ├── AddressSpaceExited             mm_users has reached zero
-    │   ├── CalledFromCallback             would wait for the callback that it was called from
-    │   ├── CallbackHung                   a callback outlived the grace that its owner gave it
-    │   └── ForeignThread                  called from a thread that is not the event loop's
-    ├── DriverError (TypeError)            a driver class that breaks the callback contract
-    │   ├── WrongColour                    a coroutine where a plain function is due, or the reverse
-    │   └── UnknownCallback                a callback that nobody would ever call
-    ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
-    ├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
-    └── PluginError                        an entry point that cannot be used
+MmuNotifyError
+├── RangeError (ValueError)            a range that no address space can have
+├── LockError (RuntimeError)           a lock used in a way that a kernel would hang on
+│   ├── SpinlockHeld                   a spinlock was found held
+│   ├── LockNotHeld                    released or asserted, but not held
+│   ├── ScheduleWhileAtomic            something suspended where it must not
+│   └── LockdepViolation               the order of locks can deadlock, or did
+│       ├── LockOrderViolation
+│       └── LockRecursion
+├── NotifierError (RuntimeError)       a subscription used against its contract
+│   ├── AlreadyRegistered
+│   ├── NotRegistered
+│   ├── AddressSpaceExited             mm_users has reached zero
+│   ├── CalledFromCallback             would wait for the callback that it was called from
+│   ├── CallbackHung                   a callback outlived the grace that its owner gave it
+│   └── ForeignThread                  called from a thread that is not the event loop's
+├── DriverError (TypeError)            a driver class that breaks the callback contract
+│   ├── WrongColour                    a coroutine where a plain function is due, or the reverse
+│   └── UnknownCallback                a callback that nobody would ever call
+├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
+├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
+└── PluginError                        an entry point that cannot be used
 """
 
 from __future__ import annotations
@@ -104,6 +104,14 @@ class WrongColour(DriverError):
 
 class UnknownCallback(DriverError):
     """A driver defines what looks like a callback, but nobody would ever call it."""
+
+
+class BadAddress(MmuNotifyError, OSError):
+    """-EFAULT: the access is one for which the process itself would get a signal."""
+
+
+class StaleTranslation(MmuNotifyError):
+    """A translation was used after its frame was freed: somebody missed an invalidation (I-FREE)."""
 
 
 class WouldBlock(MmuNotifyError, BlockingIOError):
