@@ -21,7 +21,12 @@ MmuNotifyError
 │   └── UnknownCallback                a callback that nobody would ever call
 ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
 ├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
-└── PluginError                        an entry point that cannot be used
+└── PluginError                        a driver plugin cannot be used
+    ├── DriverNotFound (LookupError)   nobody installed offers a driver of that name
+    ├── DriverConflict                 several distributions offer one name
+    ├── DriverLoadError                the spec or the factory is broken, or not what it says
+    ├── DriverIncompatible             made for another version of the callback contract
+    └── DriverConfigError (ValueError) an option that the driver does not have, or a bad value
 """
 
 from __future__ import annotations
@@ -111,7 +116,7 @@ class BadAddress(MmuNotifyError, OSError):
 
 
 class StaleTranslation(MmuNotifyError):
-    """A translation was used after its frame was freed: somebody missed an invalidation (I-FREE)."""
+    """A translation outlived its frame: somebody missed an invalidation (I-FREE)."""
 
 
 class WouldBlock(MmuNotifyError, BlockingIOError):
@@ -124,3 +129,52 @@ class Interrupted(MmuNotifyError, InterruptedError):
 
 class PluginError(MmuNotifyError):
     """A driver plugin cannot be used."""
+
+
+class DriverNotFound(PluginError, LookupError):
+    """No installed distribution offers a driver of that name, or the allow-list leaves it out."""
+
+
+class DriverConflict(PluginError):
+    """Several installed distributions offer a driver of one name; uninstall all but one."""
+
+
+class DriverLoadError(PluginError):
+    """A plugin's spec or factory cannot be imported, or is not what the spec says.
+
+    What the plugin raised, if it did, is the `__cause__`.
+    """
+
+
+class DriverIncompatible(PluginError):
+    """A plugin was made for a version of the callback contract that this core does not speak.
+
+    `wants` and `have` are (major, minor): majors must be equal, and `wants` may not be newer.
+    `hint` is a command that helps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        distribution: str,
+        wants: tuple[int, int],
+        have: tuple[int, int],
+        hint: str,
+    ) -> None:
+        super().__init__(name, distribution, wants, have, hint)
+        self.name = name
+        self.distribution = distribution
+        self.wants = wants
+        self.have = have
+        self.hint = hint
+
+    def __str__(self) -> str:
+        wants, have = (".".join(map(str, version)) for version in (self.wants, self.have))
+        return (
+            f"driver {self.name!r} of {self.distribution} wants driver API {wants}, "
+            f"this mmunotify has {have}: {self.hint}"
+        )
+
+
+class DriverConfigError(PluginError, ValueError):
+    """A driver was asked for with an option that it does not have, or with a bad value."""
