@@ -1,0 +1,1 @@
+"""A software primary MMU that announces what Linux 6.18 announces; README.md names the rooms."""
