@@ -21,6 +21,15 @@ MmuNotifyError
 │   └── UnknownCallback                a callback that nobody would ever call
 ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
 ├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
+├── ExplorerError                      what the interleaving explorer has to say
+│   ├── ExplorationFailed (AssertionError)  a schedule was found that fails
+│   ├── Deadlock                       nothing can run, nothing will ever wake anybody
+│   ├── Livelock                       steps without end and without progress
+│   ├── InvariantViolated (AssertionError)  what must hold after every step did not
+│   ├── Nondeterminism                 one schedule, run twice, went two ways
+│   ├── ScheduleMismatch (ValueError)  a schedule string that does not fit the scenario
+│   ├── NotExplorable (RuntimeError)   threads, sockets, processes, foreign event loops
+│   └── FaultInjected                  a fault point was told to fail
 └── PluginError                        a driver plugin cannot be used
     ├── DriverNotFound (LookupError)   nobody installed offers a driver of that name
     ├── DriverConflict                 several distributions offer one name
@@ -125,6 +134,46 @@ class WouldBlock(MmuNotifyError, BlockingIOError):
 
 class Interrupted(MmuNotifyError, InterruptedError):
     """-EINTR: cancelled while taking many locks; none of them is held."""
+
+
+class TooManyVmas(MmuNotifyError):
+    """-ENOMEM: an address space has more VMAs than the cap on taking all their locks allows."""
+
+
+class ExplorerError(MmuNotifyError):
+    """The interleaving explorer has found something, or cannot go on."""
+
+
+class ExplorationFailed(ExplorerError, AssertionError):
+    """A schedule was found that fails; the message is the whole report."""
+
+
+class Deadlock(ExplorerError):
+    """Nothing can run and no timer is pending; the message says who waits for what."""
+
+
+class Livelock(ExplorerError):
+    """Many steps went by in which no task was woken, started or finished."""
+
+
+class InvariantViolated(ExplorerError, AssertionError):
+    """A condition that has to hold after every step did not."""
+
+
+class Nondeterminism(ExplorerError):
+    """The same schedule, run twice, did not do the same: the scenario has a hidden input."""
+
+
+class ScheduleMismatch(ExplorerError, ValueError):
+    """A schedule string is malformed, or belongs to another scenario or other options."""
+
+
+class NotExplorable(ExplorerError, RuntimeError):
+    """The code under test asked for what an explored run cannot give: a thread, a socket."""
+
+
+class FaultInjected(ExplorerError):
+    """A fault point failed because the schedule said so."""
 
 
 class PluginError(MmuNotifyError):
