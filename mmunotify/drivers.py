@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
+from weakref import WeakSet
 
 from .errors import UnknownCallback, WrongColour
 from .ranges import PAGE_SIZE, Event, Range, page_down
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 
 class Driver:
     """What the three kinds of driver have in common. Derive from one of those, not from this."""
+
+    serves: str | None = None
+    """The name of the address space that the instance is or was registered at."""
+    precedes: ClassVar[bool] = False
+    """Told before every driver that does not precede, whenever it was registered."""
+    concurrent: ClassVar[bool] = False
+    """Opt in to being awaited at the same time as other drivers that opt in.
+
+    For sleepable drivers that wait long: a task per driver costs some two hundred times a plain
+    await.
+    """
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -129,12 +140,6 @@ class SleepableDriver(Driver):
     reaper), the plain `_nonblock` forms are called instead.
     """
 
-    concurrent: ClassVar[bool] = False
-    """Opt in to being awaited at the same time as other drivers that opt in.
-
-    For drivers that wait long: a task per driver costs some two hundred times a plain await.
-    """
-
     async def invalidate_range_start(self, rng: Range) -> None:
         """Drop every translation inside `rng` and make no new one there until the end.
 
@@ -215,12 +220,13 @@ def kind_of(driver_class: type[Driver]) -> type[AnyDriver]:
     return kinds[0]
 
 
-@cache
-def check_driver_class(driver_class: type[AnyDriver]) -> None:
+def check_driver_class(driver_class: type[Driver]) -> None:
     """Raise DriverError if a callback has the wrong colour or a name that nobody calls.
 
     Registration does this once per class; a type checker says most of it earlier.
     """
+    if driver_class in _checked:
+        return
     kind = kind_of(driver_class)
     for name in CALLBACKS[kind]:
         due = inspect.iscoroutinefunction(getattr(kind, name))
@@ -248,8 +254,10 @@ def check_driver_class(driver_class: type[AnyDriver]) -> None:
                 f"{driver_class.__qualname__}.{name} is no callback of {kind.__name__}: "
                 f"did you mean {close[0]}?"
             )
+    _checked.add(driver_class)
 
 
+_checked: Final[WeakSet[type[Driver]]] = WeakSet()
 KINDS: Final[tuple[type[AnyDriver], ...]] = (AtomicDriver, SleepableDriver, DeferredDriver)
 CALLBACKS: Final[dict[type[AnyDriver], frozenset[str]]] = {
     kind: frozenset(

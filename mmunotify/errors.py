@@ -21,6 +21,7 @@ MmuNotifyError
 │   └── UnknownCallback                a callback that nobody would ever call
 ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
 ├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
+├── TooManyVmas                        -ENOMEM: more VMAs than the cap on taking all their locks
 ├── ExplorerError                      what the interleaving explorer has to say
 │   ├── ExplorationFailed (AssertionError)  a schedule was found that fails
 │   ├── Deadlock                       nothing can run, nothing will ever wake anybody

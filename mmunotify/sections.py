@@ -1,0 +1,95 @@
+"""Sections as context managers: S on entry, E on exit, and the sync that deferred drivers owe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .audience import Audience, Subscription
+    from .drivers import AnyDriver
+    from .notifiers import Notifiers
+    from .ranges import Range
+
+
+class _Section:
+    __slots__ = ("_notifiers", "failed", "rng", "told")
+
+    told: Audience
+
+    def __init__(self, notifiers: Notifiers[Any], rng: Range) -> None:
+        self._notifiers = notifiers
+        self.rng = rng
+        self.failed: tuple[Subscription[AnyDriver], ...] = ()
+        """After the exit (and the sync): who was quarantined meanwhile. Leak the pages then."""
+
+
+class Section(_Section):
+    """What `async with notifiers.invalidating(rng)` gives."""
+
+    __slots__ = ("_sync",)
+
+    def __init__(self, notifiers: Notifiers[Any], rng: Range, sync: bool) -> None:
+        super().__init__(notifiers, rng)
+        self._sync = sync
+
+    async def __aenter__(self) -> Section:
+        self.told = await self._notifiers.invalidate_range_start(self.rng)
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.failed = await self._notifiers.invalidate_range_end(self.rng, self.told)
+        finally:
+            if self._sync and self.told.sync_calls:
+                await self.sync()
+
+    async def sync(self) -> None:
+        """Let the deferred drivers finish: no lock held, pages not yet released."""
+        self.failed = await self._notifiers.invalidate_range_sync(self.rng, self.told)
+
+
+class AtomicSection(_Section):
+    """What `with notifiers.invalidating_atomic(rng)` gives."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> AtomicSection:
+        self.told = self._notifiers.invalidate_range_start_atomic(self.rng)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.failed = self._notifiers.invalidate_range_end_atomic(self.rng, self.told)
+
+    async def sync(self) -> None:
+        """Let the deferred drivers finish: locks dropped, pages not yet released."""
+        self.failed = await self._notifiers.invalidate_range_sync(self.rng, self.told)
+
+
+class NonblockSection(_Section):
+    """What `with notifiers.invalidating_nonblock(rng)` gives."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> NonblockSection:
+        self.told = self._notifiers.invalidate_range_start_nonblock(self.rng)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.failed = self._notifiers.invalidate_range_end_nonblock(self.rng, self.told)

@@ -1,0 +1,125 @@
+"""How a traced address space records its sections and callbacks.
+
+Tracing replaces the calls of the audience by recording ones, so an untraced dispatch pays nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+from . import log
+from .audience import TRACE, Audience, Call, Subscription
+from .drivers import AnyDriver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .notifiers import Notifiers
+    from .ranges import Range
+
+
+class Tracer:
+    """Wraps the calls of an audience so that each leaves a `log.Record`; only while traced."""
+
+    __slots__ = ("_began", "_mm", "_section", "emit")
+
+    def __init__(self, notifiers: Notifiers[Any], emit: Callable[[log.Record], object]) -> None:
+        self._mm = notifiers.name
+        self.emit = emit
+        self._began: dict[int, int] = {}
+        # Not a driver: a place in the list from which sections are seen to begin and end.
+        self._section = Subscription(cast(AnyDriver, None), notifiers)
+        self._section.name = TRACE
+        self._section.hashed = True
+
+    def wrap(self, audience: Audience) -> None:
+        """Replace the audience's calls by traced ones, and watch its sections begin and end."""
+        for slot in (
+            *("start_calls", "end_calls", "sync_calls", "page_calls"),
+            *("nonblock_calls", "nonblock_ends"),
+            *("clear_flush_young", "clear_young", "test_young"),
+        ):
+            setattr(audience, slot, tuple(map(self._wrapped, getattr(audience, slot))))
+        begin = Call(self._section, self._begin, False, TRACE)
+        end = Call(self._section, self._end, False, TRACE)
+        audience.start_calls = (begin, *audience.start_calls)
+        audience.nonblock_calls = (begin, *audience.nonblock_calls)
+        audience.end_calls = (*audience.end_calls, end)
+        audience.nonblock_ends = (*audience.nonblock_ends, end)
+
+    def _begin(self, rng: Range) -> None:
+        rng.span = log.spans()
+        self._began[rng.span] = time.monotonic_ns()
+        self._record(log.INVALIDATE_RANGE, rng.span, log.current_span.get(), "start", rng)
+
+    def _end(self, rng: Range) -> None:
+        elapsed = time.monotonic_ns() - self._began.pop(rng.span, time.monotonic_ns())
+        self._record(log.INVALIDATE_RANGE, rng.span, log.current_span.get(), "end", rng, elapsed)
+
+    def _record(
+        self,
+        event: str,
+        span: int,
+        parent: int | None,
+        phase: str,
+        what: Range | tuple[int, int],
+        duration: int | None = None,
+        call: Call | None = None,
+    ) -> None:
+        start, end, reason = (
+            (*what, None) if isinstance(what, tuple) else (what.start, what.end, what.event.name)
+        )
+        self.emit(
+            log.Record(
+                log.sequence(),
+                time.monotonic_ns(),
+                event,
+                self._mm,
+                call.subscription.name if call else None,
+                call.name if call else None,
+                span,
+                parent,
+                phase,
+                start,
+                end,
+                reason,
+                duration,
+            )
+        )
+
+    def _wrapped(self, call: Call) -> Call:
+        callback = call.callback
+
+        def began(args: tuple[Any, ...]) -> tuple[int, int | None, Range | tuple[int, int], int]:
+            what = args[0]
+            if isinstance(what, int):  # ageing or a single page: plain addresses
+                what = (what, args[1] if len(args) > 1 else what + 1)
+                parent = log.current_span.get()
+            else:
+                parent = what.span
+            span = log.spans()
+            self._record(log.CALLBACK, span, parent, "start", what, None, call)
+            return span, parent, what, time.monotonic_ns()
+
+        if call.suspends:
+
+            async def suspending(*args: Any) -> Any:
+                span, parent, what, at = began(args)
+                try:
+                    return await callback(*args)
+                finally:
+                    took = time.monotonic_ns() - at
+                    self._record(log.CALLBACK, span, parent, "end", what, took, call)
+
+            return call._replace(callback=suspending)
+
+        def plain(*args: Any) -> Any:
+            span, parent, what, at = began(args)
+            try:
+                return callback(*args)
+            finally:
+                took = time.monotonic_ns() - at
+                self._record(log.CALLBACK, span, parent, "end", what, took, call)
+
+        return call._replace(callback=plain)
