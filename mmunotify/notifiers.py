@@ -27,7 +27,6 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeAlias, TypeVar, overload
 
 import anyio
-import anyio.from_thread
 import anyio.lowlevel
 import attrs
 from anyio import CancelScope, get_cancelled_exc_class
@@ -560,7 +559,9 @@ class Notifiers(Generic[L]):
                 f"post to {self.name}: expected a thread other than the event loop's, after the "
                 "loop has used these notifiers; on the loop, await invalidate"
             )
-        return anyio.from_thread.run(self.invalidate, rng, token=self._token)
+        from anyio import from_thread
+
+        return from_thread.run(self.invalidate, rng, token=self._token)
 
     @property
     def trace(self) -> Callable[[log.Record], object] | None:

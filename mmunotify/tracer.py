@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import log
 from .audience import TRACE, Audience, Call, Subscription
 from .drivers import AnyDriver
+from .ranges import PAGE_SIZE, page_down
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +95,8 @@ class Tracer:
         def began(args: tuple[Any, ...]) -> tuple[int, int | None, Range | tuple[int, int], int]:
             what = args[0]
             if isinstance(what, int):  # ageing or a single page: plain addresses
-                what = (what, args[1] if len(args) > 1 else what + 1)
+                page = page_down(what)
+                what = (what, args[1]) if len(args) > 1 else (page, page + PAGE_SIZE)
                 parent = log.current_span.get()
             else:
                 parent = what.span
