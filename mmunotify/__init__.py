@@ -38,8 +38,8 @@ from .errors import WouldBlock as WouldBlock
 from .errors import WrongColour as WrongColour
 from .locks import SRCU as SRCU
 from .locks import LockModel as LockModel
-from .locks import RwSems as RwSems
 from .locks import RWSemaphore as RWSemaphore
+from .locks import RwSems as RwSems
 from .locks import SeqCount as SeqCount
 from .locks import SpinLock as SpinLock
 from .locks import SpinLocks as SpinLocks
@@ -47,6 +47,12 @@ from .log import Record as Record
 from .log import Ring as Ring
 from .notifiers import Notifiers as Notifiers
 from .notifiers import NotifiersStatistics as NotifiersStatistics
+from .plugins import API_VERSION as API_VERSION
+from .plugins import Candidate as Candidate
+from .plugins import Capability as Capability
+from .plugins import DriverSpec as DriverSpec
+from .plugins import Registry as Registry
+from .plugins import State as State
 from .primary import Pin as Pin
 from .primary import Primary as Primary
 from .primary import Region as Region
