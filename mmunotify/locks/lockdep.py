@@ -1,0 +1,549 @@
+"""Lockdep: the order of locks, proved from the runs that happened rather than the one that hung.
+
+Locks belong to classes (every `mmap_lock` is one class). Whenever a lock is taken while another is
+held, the pair of their classes becomes an edge of a graph, with the lines of both; a new edge that
+closes a cycle is a deadlock that waits for its schedule, and raises `LockOrderViolation` with both
+chains. Beside the order it finds recursion, sleeping in atomic context, and atomic sections during
+which the event loop ran ("scheduling while atomic").
+
+Only locks that are made while lockdep is on are checked; the others are of plain classes that
+contain no test. `MMUNOTIFY_LOCKDEP=1` turns it on at import. It follows Linux
+(Documentation/locking/lockdep-design.rst) with three differences: a shared acquisition counts as an
+exclusive one, because these rwsems are fair and a waiting writer keeps readers out; a class is
+named, not found by the line that initialises the lock; and SRCU read sections are left out as the
+end of an edge, because entering one never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+import re
+import sys
+import threading
+import weakref
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+
+import anyio
+import attrs
+
+from mmunotify.errors import LockNotHeld, LockOrderViolation, LockRecursion, ScheduleWhileAtomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+enabled: bool = False
+"""Whether locks that are made from now on are checked."""
+
+
+def enable() -> None:
+    """Check every lock that is made from now on."""
+    global enabled
+    enabled = True
+
+
+def disable() -> None:
+    """Make plain locks from now on; those that are checked stay so."""
+    global enabled
+    enabled = False
+
+
+@contextmanager
+def checking(on: bool = True) -> Iterator[None]:
+    """`with lockdep.checking():` locks made inside are checked (with `on=False`: are plain)."""
+    global enabled
+    before, enabled = enabled, on
+    try:
+        yield
+    finally:
+        enabled = before
+
+
+class LockLike(Protocol):
+    """What lockdep needs to know of a lock."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def lock_class(self) -> str: ...  # noqa: D102
+    @property
+    def order(self) -> int | None: ...  # noqa: D102
+
+
+_CLASS_END: Final = re.compile(r"[\[#:]")
+
+
+def class_of(name: str) -> str:
+    """The lock class that a name stands for: the part before the first `[`, `#` or `:`."""
+    return _CLASS_END.split(name, maxsplit=1)[0]
+
+
+# Where: a few frames of the callers, innermost first -------------------------------------------
+
+
+class Place(NamedTuple):
+    """One line of the program."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+Places = tuple[Place, ...]
+
+_DEPTH: Final = 3
+_OURS: Final = (__package__ or "", "contextlib")
+_LOOPS: Final = ("asyncio", "trio", "anyio")
+
+
+def _within(frame: FrameType, packages: tuple[str, ...]) -> bool:
+    module = frame.f_globals.get("__name__") or ""
+    return any(module == name or module.startswith(f"{name}.") for name in packages)
+
+
+def _place(frame: FrameType) -> Place:
+    return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+
+
+def _callers() -> Places:
+    places: list[Place] = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(places) < _DEPTH and not _within(frame, _LOOPS):
+        if not _within(frame, _OURS):
+            places.append(_place(frame))
+        frame = frame.f_back
+    return tuple(places)
+
+
+def _at(places: Places) -> str:
+    if not places:
+        return "an unknown line"
+    first, *others = map(str, places)
+    return first + "".join(f"\n        called from {place}" for place in others)
+
+
+def _await_frames(awaited: Any) -> Iterator[FrameType]:
+    """The frames of a suspended coroutine and of what it awaits, outermost first."""
+    while awaited is not None:
+        if hasattr(awaited, "cr_await"):
+            frame, awaited = awaited.cr_frame, awaited.cr_await
+        elif hasattr(awaited, "ag_await"):
+            frame, awaited = awaited.ag_frame, awaited.ag_await
+        elif hasattr(awaited, "gi_yieldfrom"):
+            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
+        elif type(awaited).__name__ in ("async_generator_asend", "async_generator_athrow"):
+            # The generator behind these two is not exposed, but the garbage collector knows it.
+            referents = gc.get_referents(awaited)
+            awaited = next((one for one in referents if hasattr(one, "ag_await")), None)
+            continue
+        else:
+            return
+        if frame is not None:
+            yield frame
+
+
+def _suspended_at(coroutine: Any) -> Places:
+    places: Places = ()
+    for frame in _await_frames(coroutine):
+        if not _within(frame, _OURS + _LOOPS):
+            places = (_place(frame), *places)[:_DEPTH]
+    return places
+
+
+# Who: tasks and what they hold ------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class HeldLock:
+    """A lock that a task holds: which, in what mode, and where it was taken."""
+
+    lock: LockLike
+    mode: str
+    """`"write"`, `"read"` or `"spin"`."""
+    task: str
+    places: Places
+    """The line that took it and its callers, innermost first."""
+    owner: _Task = attrs.field(repr=False)
+    number: int = attrs.field(repr=False, init=False, factory=itertools.count().__next__)
+    atomic: bool = False
+    """Nothing may suspend while it is held."""
+    depth: int = 1
+    """How often its task holds it: SRCU read sections nest."""
+    suspended_at: Places | None = None
+    """Set when the event loop ran although it is atomic: where its holder was suspended."""
+
+    def __str__(self) -> str:
+        return f"{self.lock.name} ({self.mode}), taken by {self.task} at {_at(self.places)}"
+
+
+class _Task:
+    """What lockdep knows of a task that holds something."""
+
+    __slots__ = ("atomic", "held", "identity", "name", "nesting", "thread")
+
+    def __init__(self, identity: object) -> None:
+        self.identity = identity
+        self.name = _name(identity)
+        self.thread = threading.get_ident()
+        self.held: dict[str, dict[LockLike, HeldLock]] = {}
+        """By class, and in each class in the order in which they were taken."""
+        self.atomic: dict[HeldLock, None] = {}
+        self.nesting = 0
+
+
+_tasks: Final[dict[object, _Task]] = {}
+
+
+def _identity() -> object:
+    """The running task of whatever event loop this is; the thread where there is none."""
+    try:
+        task: object = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    if task is not None:
+        return task
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        try:
+            return trio.lowlevel.current_task()
+        except RuntimeError:
+            pass
+    try:
+        return ("anyio task", anyio.get_current_task().id)
+    except RuntimeError:
+        return threading.current_thread()
+
+
+def _name(identity: object) -> str:
+    if isinstance(identity, asyncio.Task):
+        return f"task {identity.get_name()!r}"
+    if isinstance(identity, threading.Thread):
+        return f"thread {identity.name!r}"
+    if isinstance(identity, tuple):
+        return f"task {anyio.get_current_task().name!r}"
+    return f"task {getattr(identity, 'name', identity)!r}"
+
+
+def _current() -> _Task:
+    identity = _identity()
+    task = _tasks.get(identity)
+    if task is None:
+        task = _tasks[identity] = _Task(identity)
+    return task
+
+
+def _settle(task: _Task) -> None:
+    """Forget a task that holds nothing any more."""
+    if not task.held and not task.atomic and not task.nesting:
+        _tasks.pop(task.identity, None)
+
+
+# The graph ------------------------------------------------------------------------------------
+
+
+class _Edge(NamedTuple):
+    """`taken` was taken while `held` was held."""
+
+    task: str
+    held: str
+    held_class: str
+    held_at: Places
+    taken: str
+    taken_class: str
+    taken_at: Places
+
+    def __str__(self) -> str:
+        return (
+            f"  {self.task} held {self.held} [{self.held_class}]\n"
+            f"      taken at {_at(self.held_at)}\n"
+            f"    and took {self.taken} [{self.taken_class}]\n"
+            f"      at {_at(self.taken_at)}"
+        )
+
+
+_graph: Final[dict[str, dict[str, _Edge]]] = {}
+
+
+def reset() -> None:
+    """Forget the order of locks and who holds what, for tests that use one class in two ways."""
+    _graph.clear()
+    _tasks.clear()
+
+
+def _path(start: str, goal: str) -> list[_Edge] | None:
+    """The edges that lead from one class to another, fewest first; None when none do."""
+    came: dict[str, _Edge | None] = {start: None}
+    queue = [start]
+    for node in queue:
+        if node == goal:
+            path: list[_Edge] = []
+            while (edge := came[node]) is not None:
+                path.append(edge)
+                node = edge.held_class
+            return path[::-1]
+        for following, edge in _graph.get(node, {}).items():
+            if following not in came:
+                came[following] = edge
+                queue.append(following)
+    return None
+
+
+def _add_edge(held: HeldLock, lock: LockLike, task: _Task) -> None:
+    before, after = held.lock.lock_class, lock.lock_class
+    if after in _graph.get(before, ()):
+        return
+    edge = _Edge(task.name, held.lock.name, before, held.places, lock.name, after, _callers())
+    path = _path(after, before)
+    if path is not None:
+        classes = " -> ".join((before, *(step.held_class for step in path), before))
+        raise LockOrderViolation(
+            f"the order {classes} can deadlock; each of these can wait for the next:\n"
+            + "\n".join(map(str, (edge, *path)))
+        )
+    _graph.setdefault(before, {})[after] = edge
+
+
+def _check_same_class(task: _Task, lock: LockLike, what: str) -> None:
+    records = task.held[lock.lock_class]
+    own = records.get(lock)
+    if own is not None:
+        raise LockRecursion(
+            f"{what} by {task.name} at {_at(_callers())}\n"
+            f"  would wait for itself, it already holds {own}"
+        )
+    if task.nesting:
+        return
+    for held in records.values():
+        if lock.order is None or held.lock.order is None:
+            raise LockRecursion(
+                f"{what} by {task.name} at {_at(_callers())}\n"
+                f"  which already holds a lock of class {lock.lock_class}: {held}\n"
+                "  (give the locks an order=, or declare it with lockdep.nest)"
+            )
+        if lock.order <= held.lock.order:
+            raise LockOrderViolation(
+                f"locks of class {lock.lock_class} are taken in ascending order; {what} of order "
+                f"{lock.order:#x} by {task.name} at {_at(_callers())}\n"
+                f"  which already holds order {held.lock.order:#x}: {held}"
+            )
+
+
+# What the checked locks call --------------------------------------------------------------------
+
+
+def acquire(lock: LockLike, what: str, *, sleeps: bool) -> None:
+    """A lock is about to be taken, or waited for: `what` names the call."""
+    task = _tasks.get(_identity()) if _tasks else None
+    if task is None:
+        return
+    if sleeps and task.atomic:
+        raise _sleeping(task, what)
+    for lock_class, records in task.held.items():
+        if lock_class == lock.lock_class:
+            _check_same_class(task, lock, what)
+        else:
+            _add_edge(next(reversed(records.values())), lock, task)
+
+
+def acquired(lock: LockLike, mode: str, *, atomic: bool = False) -> HeldLock:
+    """A lock was taken by the current task."""
+    task = _current()
+    records = task.held.setdefault(lock.lock_class, {})
+    held = records.get(lock)
+    if held is not None:
+        held.depth += 1
+        return held
+    held = records[lock] = HeldLock(lock, mode, task.name, _callers(), task, atomic)
+    if atomic:
+        task.atomic[held] = None
+        _watch()
+    return held
+
+
+def find(lock: LockLike) -> HeldLock | None:
+    """How the current task holds a lock; None when it does not."""
+    task = _tasks.get(_identity())
+    return task.held.get(lock.lock_class, {}).get(lock) if task else None
+
+
+def holder(lock: LockLike) -> HeldLock | None:
+    """Any task's hold on a lock, the current task's first."""
+    own = find(lock)
+    if own is not None:
+        return own
+    records = (task.held.get(lock.lock_class, {}).get(lock) for task in _tasks.values())
+    return next((held for held in records if held is not None), None)
+
+
+def released(lock: LockLike) -> None:
+    """A lock was released, by whoever took it or by somebody to whom it was handed.
+
+    Raises `ScheduleWhileAtomic` when nothing may suspend while it is held and its holder did.
+    """
+    held = holder(lock)
+    if held is None:
+        return
+    held.depth -= 1
+    if held.depth:
+        return
+    task = held.owner
+    records = task.held[lock.lock_class]
+    del records[lock]
+    if not records:
+        del task.held[lock.lock_class]
+    task.atomic.pop(held, None)
+    _settle(task)
+    if held.suspended_at is not None:
+        raise ScheduleWhileAtomic(
+            f"scheduling while atomic: {held}\n"
+            f"  was still held when its task was suspended at {_at(held.suspended_at)}"
+        )
+
+
+# Sleeping in atomic context ---------------------------------------------------------------------
+
+
+def _sleeping(task: _Task, what: str) -> ScheduleWhileAtomic:
+    return ScheduleWhileAtomic(
+        f"{what} may sleep: called by {task.name} at {_at(_callers())}\n"
+        f"  inside {next(reversed(task.atomic))}"
+    )
+
+
+def might_sleep(what: str) -> None:
+    """Raise `ScheduleWhileAtomic` if the caller holds a spinlock or is in a non-blockable section.
+
+    `what` names the call that may suspend. Source: might_sleep(), include/linux/kernel.h.
+    """
+    task = _tasks.get(_identity()) if _tasks else None
+    if task is not None and task.atomic:
+        raise _sleeping(task, what)
+
+
+@attrs.define(eq=False)
+class _NonBlock:
+    name: str
+    lock_class: str = "non-blockable section"
+    order: int | None = None
+
+
+@contextmanager
+def non_block(name: str = "non-blockable section") -> Iterator[None]:
+    """A section in which nothing may suspend although no spinlock is held (the OOM reaper).
+
+    Source: non_block_start() and non_block_end(), include/linux/kernel.h.
+    """
+    if not enabled:
+        yield
+        return
+    section = _NonBlock(name)
+    acquired(section, "atomic", atomic=True)
+    try:
+        yield
+    finally:
+        released(section)
+
+
+@contextmanager
+def nest(outer: LockLike | None = None) -> Iterator[None]:
+    """Several locks of one class may be taken inside, in any order, because `outer` is held.
+
+    Source: down_write_nest_lock(), include/linux/rwsem.h.
+    """
+    if not enabled:
+        yield
+        return
+    if outer is not None:
+        assert_held(outer)
+    task = _current()
+    task.nesting += 1
+    try:
+        yield
+    finally:
+        task.nesting -= 1
+        _settle(task)
+
+
+def assert_held(lock: LockLike) -> None:
+    """Raise `LockNotHeld` unless the current task holds `lock`; nothing when lockdep is off."""
+    if enabled and find(lock) is None:
+        other = holder(lock)
+        raise LockNotHeld(
+            f"{lock.name} must be held by {_name(_identity())} at {_at(_callers())}"
+            + (f"\n  it is held as {other}" if other is not None else "; nobody holds it")
+        )
+
+
+def held() -> tuple[HeldLock, ...]:
+    """What the current task holds, in the order in which it was taken."""
+    task = _tasks.get(_identity())
+    if task is None:
+        return ()
+    records = (held for records in task.held.values() for held in records.values())
+    return tuple(sorted(records, key=lambda held: held.number))
+
+
+# Scheduling while atomic ------------------------------------------------------------------------
+
+
+def after_step() -> None:
+    """An event loop calls this between two tasks: atomic sections that are open were left open.
+
+    On asyncio and trio lockdep arranges that by itself; another backend calls it after each step
+    of a task. Whoever leaves such a section gets `ScheduleWhileAtomic`.
+    """
+    thread = threading.get_ident()
+    for task in _tasks.values():
+        if task.atomic and task.thread == thread:
+            for held in task.atomic:
+                if held.suspended_at is None:
+                    held.suspended_at = _suspended_at(_coroutine(task.identity))
+
+
+def _coroutine(identity: object) -> object:
+    if isinstance(identity, asyncio.Task):
+        return identity.get_coro()
+    return getattr(identity, "coro", None)
+
+
+class _TrioInstrument:
+    def after_task_step(self, task: object) -> None:
+        after_step()
+
+
+_trio_instrument: Final = _TrioInstrument()
+_watched_loops: Final[weakref.WeakSet[asyncio.AbstractEventLoop]] = weakref.WeakSet()
+
+
+def _watch() -> None:
+    """Have `after_step` called when the task that runs now is suspended."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        # Ready callbacks run in order, so one that is queued now runs before this task's next step.
+        if loop not in _watched_loops:
+            _watched_loops.add(loop)
+            loop.call_soon(_asyncio_watch, loop)
+        return
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        with suppress(RuntimeError):
+            trio.lowlevel.add_instrument(_trio_instrument)
+
+
+def _asyncio_watch(loop: asyncio.AbstractEventLoop) -> None:
+    _watched_loops.discard(loop)
+    after_step()
+
+
+if os.environ.get("MMUNOTIFY_LOCKDEP", "") not in ("", "0"):
+    enable()
