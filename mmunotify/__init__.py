@@ -20,7 +20,12 @@ from .errors import AlreadyRegistered as AlreadyRegistered
 from .errors import BadAddress as BadAddress
 from .errors import CallbackHung as CallbackHung
 from .errors import CalledFromCallback as CalledFromCallback
+from .errors import DriverConfigError as DriverConfigError
+from .errors import DriverConflict as DriverConflict
 from .errors import DriverError as DriverError
+from .errors import DriverIncompatible as DriverIncompatible
+from .errors import DriverLoadError as DriverLoadError
+from .errors import DriverNotFound as DriverNotFound
 from .errors import ForeignThread as ForeignThread
 from .errors import Interrupted as Interrupted
 from .errors import LockdepViolation as LockdepViolation
@@ -51,8 +56,8 @@ from .plugins import API_VERSION as API_VERSION
 from .plugins import Candidate as Candidate
 from .plugins import Capability as Capability
 from .plugins import DriverSpec as DriverSpec
+from .plugins import PluginState as PluginState
 from .plugins import Registry as Registry
-from .plugins import State as State
 from .primary import Pin as Pin
 from .primary import Primary as Primary
 from .primary import Region as Region
