@@ -1,0 +1,54 @@
+"""The commands by name, and what an error looks like. A command is imported when it is run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from cyclopts import App, CycloptsError
+
+import mmunotify
+from mmunotify.errors import MmuNotifyError
+
+app = App(
+    name="mmunotify",
+    help="Linux's MMU notifiers as an async Python framework.",
+    help_epilogue="With --debug, anywhere, an error shows its traceback, and the log is written to "
+    "standard error.",
+    version=mmunotify.__version__,
+    result_action="return_value",
+    exit_on_error=False,
+    print_error=False,
+)
+app.command(
+    "mmunotify.cli.drivers:app",
+    name="drivers",
+    help="Show driver plugins, and whether they can be used.",
+)
+app.command(
+    "mmunotify.cli.explore:explore",
+    name="explore",
+    help="Run async code under every schedule that matters, or replay one.",
+)
+
+
+def run() -> int | str:
+    """Run the command line of this process; the exit status, or the line that explains it."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(
+            logging.DEBUG if debug else logging.CRITICAL
+        ),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+    try:
+        status: int | None = app(arguments)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, MmuNotifyError | CycloptsError):
+            return f"mmunotify: {error}"
+        return f"mmunotify: {type(error).__name__}: {error} (--debug shows where)"
+    return status or 0
