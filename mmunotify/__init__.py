@@ -48,8 +48,10 @@ from .locks import RwSems as RwSems
 from .locks import SeqCount as SeqCount
 from .locks import SpinLock as SpinLock
 from .locks import SpinLocks as SpinLocks
+from .log import Log as Log
 from .log import Record as Record
 from .log import Ring as Ring
+from .log import define_event as define_event
 from .notifiers import Notifiers as Notifiers
 from .notifiers import NotifiersStatistics as NotifiersStatistics
 from .plugins import API_VERSION as API_VERSION

@@ -38,63 +38,68 @@ class EventSpec:
 CATALOGUE: Final[dict[str, EventSpec]] = {}
 
 
-def _event(name: str, level: str, keys: str, summary: str) -> str:
+def define_event(name: str, level: str, keys: str, summary: str) -> str:
+    """Add a kind of event to the catalogue and give its name back.
+
+    `level` is debug, info, warning or error; `keys` are names separated by spaces. A plugin starts
+    the names of its events with its own.
+    """
     CATALOGUE[name] = EventSpec(name, level, tuple(keys.split()), summary)
     return name
 
 
-DRIVER_REGISTERED: Final = _event(
+DRIVER_REGISTERED: Final = define_event(
     "driver_registered", "info", "mm driver", "A driver became visible to an address space."
 )
-DRIVER_UNREGISTERED: Final = _event(
+DRIVER_UNREGISTERED: Final = define_event(
     "driver_unregistered",
     "info",
     "mm driver",
     "Unregister is complete: no callback of the driver runs or will run.",
 )
-DRIVER_FAILED: Final = _event(
+DRIVER_FAILED: Final = define_event(
     "driver_failed",
     "error",
     "mm driver module distribution callback error start end exc_info",
     "A callback raised: the driver is quarantined and the pages of the section are leaked.",
 )
-WAITING_FOR_CALLBACKS: Final = _event(
+WAITING_FOR_CALLBACKS: Final = define_event(
     "waiting_for_callbacks",
     "warning",
     "mm drivers reason",
     "Unregister or exit waits for callbacks that are still running, in these drivers.",
 )
-ADDRESS_SPACE_RELEASED: Final = _event(
+ADDRESS_SPACE_RELEASED: Final = define_event(
     "address_space_released",
     "info",
     "mm drivers duration_ns",
     "Exit: every driver has dropped its translations and is off the list.",
 )
-SECTION_REFUSED: Final = _event(
+SECTION_REFUSED: Final = define_event(
     "section_refused",
     "warning",
     "mm driver start end reason",
     "-EAGAIN: a non-blockable section met a driver that would have to wait.",
 )
-CALLBACK_RAISED: Final = _event(
+CALLBACK_RAISED: Final = define_event(
     "callback_raised",
     "error",
     "srcu callback error exc_info",
     "A callback queued by call_srcu raised; the grace period goes on.",
 )
-PLUGIN_QUARANTINED: Final = _event(
+PLUGIN_QUARANTINED: Final = define_event(
     "plugin_quarantined",
     "error",
     "driver distribution version value reason",
     "A driver plugin cannot be used; the others can.",
 )
-INVALIDATE_RANGE: Final = _event(
+INVALIDATE_RANGE: Final = define_event(
     "invalidate_range",
     "debug",
     "mm span_id parent_id phase start end reason duration_ns",
     "A section: its start is told before the ptes change, its end after.",
 )
-CALLBACK: Final = _event(
+CALLBACK: Final = define_event(
     "callback",
     "debug",
     "mm driver callback span_id parent_id phase start end reason duration_ns",
