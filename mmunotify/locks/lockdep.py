@@ -74,12 +74,13 @@ class LockLike(Protocol):
     def order(self) -> int | None: ...  # noqa: D102
 
 
-_CLASS_END: Final = re.compile(r"[\[#:]")
+_CLASS: Final = re.compile(r"[\w.>-]+")
 
 
 def class_of(name: str) -> str:
-    """The lock class that a name stands for: the part before the first `[`, `#` or `:`."""
-    return _CLASS_END.split(name, maxsplit=1)[0]
+    """The lock class of a name: its first word, so that of `mmap_lock[7]` is `mmap_lock`."""
+    match = _CLASS.match(name)
+    return match[0] if match else name
 
 
 # Where: a few frames of the callers, innermost first -------------------------------------------
@@ -99,13 +100,24 @@ class Place(NamedTuple):
 Places = tuple[Place, ...]
 
 _DEPTH: Final = 3
-_OURS: Final = (__package__ or "", "contextlib")
-_LOOPS: Final = ("asyncio", "trio", "anyio")
+_SKIPPED: Final = (__package__ or "", "contextlib")
+_EVENT_LOOPS: Final = ("asyncio", "trio", "anyio")
+_kinds: Final[dict[str, str]] = {}
+"""What kind of code a file holds, by file name: looked up once for each."""
 
 
-def _within(frame: FrameType, packages: tuple[str, ...]) -> bool:
-    module = frame.f_globals.get("__name__") or ""
-    return any(module == name or module.startswith(f"{name}.") for name in packages)
+def _kind(frame: FrameType) -> str:
+    file = frame.f_code.co_filename
+    kind = _kinds.get(file)
+    if kind is None:
+        dotted = f"{frame.f_globals.get('__name__')}."
+        kind = "user"
+        if dotted.startswith(tuple(f"{name}." for name in _SKIPPED)):
+            kind = "skipped"
+        elif dotted.startswith(tuple(f"{name}." for name in _EVENT_LOOPS)):
+            kind = "event loop"
+        _kinds[file] = kind
+    return kind
 
 
 def _place(frame: FrameType) -> Place:
@@ -115,9 +127,12 @@ def _place(frame: FrameType) -> Place:
 def _callers() -> Places:
     places: list[Place] = []
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(places) < _DEPTH and not _within(frame, _LOOPS):
-        if not _within(frame, _OURS):
+    while frame is not None and len(places) < _DEPTH:
+        kind = _kind(frame)
+        if kind == "user":
             places.append(_place(frame))
+        elif kind == "event loop":
+            break
         frame = frame.f_back
     return tuple(places)
 
@@ -129,7 +144,7 @@ def _at(places: Places) -> str:
     return first + "".join(f"\n        called from {place}" for place in others)
 
 
-def _await_frames(awaited: Any) -> Iterator[FrameType]:
+def await_frames(awaited: Any) -> Iterator[FrameType]:
     """The frames of a suspended coroutine and of what it awaits, outermost first."""
     while awaited is not None:
         if hasattr(awaited, "cr_await"):
@@ -151,8 +166,8 @@ def _await_frames(awaited: Any) -> Iterator[FrameType]:
 
 def _suspended_at(coroutine: Any) -> Places:
     places: Places = ()
-    for frame in _await_frames(coroutine):
-        if not _within(frame, _OURS + _LOOPS):
+    for frame in await_frames(coroutine):
+        if _kind(frame) == "user":
             places = (_place(frame), *places)[:_DEPTH]
     return places
 
@@ -493,18 +508,21 @@ def held() -> tuple[HeldLock, ...]:
 # Scheduling while atomic ------------------------------------------------------------------------
 
 
-def after_step() -> None:
+def after_step(coroutine: object = None) -> None:
     """An event loop calls this between two tasks: atomic sections that are open were left open.
 
-    On asyncio and trio lockdep arranges that by itself; another backend calls it after each step
-    of a task. Whoever leaves such a section gets `ScheduleWhileAtomic`.
+    On asyncio and trio lockdep sees to that; another backend calls it after each step of a task,
+    with the task's coroutine, in which the line is looked up. Whoever leaves such a section gets
+    `ScheduleWhileAtomic`.
     """
+    if not _tasks:
+        return
     thread = threading.get_ident()
     for task in _tasks.values():
         if task.atomic and task.thread == thread:
             for held in task.atomic:
                 if held.suspended_at is None:
-                    held.suspended_at = _suspended_at(_coroutine(task.identity))
+                    held.suspended_at = _suspended_at(coroutine or _coroutine(task.identity))
 
 
 def _coroutine(identity: object) -> object:
