@@ -117,11 +117,16 @@ _LEVELS: Final = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 
 class Log:
-    """Where one object's rare events go: a structlog logger with the object's keys bound."""
+    """Where one object's rare events go: a structlog logger with the object's keys bound.
 
-    __slots__ = ("_logger",)
+    `logger` is the application's own for this object; by default it is structlog's, to which
+    nothing below a warning is written before structlog is configured.
+    """
+
+    __slots__ = ("_given", "_logger")
 
     def __init__(self, logger: Any | None = None, **keys: object) -> None:
+        self._given = logger is not None
         self._logger = (structlog.get_logger("mmunotify") if logger is None else logger).bind(
             **keys
         )
@@ -129,7 +134,7 @@ class Log:
     def emit(self, event: str, **keys: object) -> None:
         """Write one event of the catalogue at its level."""
         level = CATALOGUE[event].level
-        if structlog.is_configured() or _LEVELS[level] >= _LEVELS["warning"]:
+        if self._given or structlog.is_configured() or _LEVELS[level] >= _LEVELS["warning"]:
             getattr(self._logger, level)(event, seq=sequence(), ts_ns=time.monotonic_ns(), **keys)
 
 

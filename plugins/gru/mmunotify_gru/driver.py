@@ -7,29 +7,31 @@ drivers/misc/sgi-gru/grutlbpurge.c.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-import structlog
-
-from mmunotify import AtomicDriver
+from mmunotify import AtomicDriver, Log, define_event
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
+    from mmunotify import Range
 
-    from mmunotify import Primary, Range
+COUNTED: Final = define_event(
+    "gru_counted",
+    "info",
+    "driver pages invalidate_range_start invalidate_range_end",
+    "At release: how often each callback was called, and the pages that the starts announced.",
+)
 
 
 class GruDriver(AtomicDriver):
-    """Counts callbacks by name, and the pages that starts announce; logs attach and release."""
+    """Counts its callbacks, and the pages that starts announce; logs the counters at release.
 
-    def __init__(self, logger: FilteringBoundLogger | None = None) -> None:
-        self.counters: Counter[str] = Counter()
-        """Calls by callback, and `pages`: the sum of the pages of all starts."""
-        self.log = (logger or structlog.get_logger("mmunotify_gru")).bind(driver="gru")
+    `logger` is a structlog logger.
+    """
 
-    def attach(self, primary: Primary | None) -> None:
-        """Note it in the log."""
-        self.log.info("attached")
+    def __init__(self, logger: object = None) -> None:
+        self.counters: Final[Counter[str]] = Counter()
+        """Calls by callback; `pages` is the sum of the pages of all starts."""
+        self._log = Log(logger, driver="gru")
 
     def invalidate_range_start(self, rng: Range) -> None:
         """Count the section and its pages."""
@@ -42,5 +44,4 @@ class GruDriver(AtomicDriver):
 
     async def release(self) -> None:
         """Log the counters."""
-        self.counters["release"] += 1
-        self.log.info("released", **self.counters)
+        self._log.emit(COUNTED, **self.counters)

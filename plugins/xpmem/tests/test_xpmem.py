@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import structlog
+from structlog.testing import LogCapture
+
+import mmunotify as mn
+from mmunotify_xpmem import DRIVER
+from mmunotify_xpmem.driver import XpmemDriver
+
+
+def test_spec_fits_the_driver() -> None:
+    """The registry holds the class to the callback contract and to the spec's claims."""
+    assert mn.Registry.for_testing([DRIVER]).factory("xpmem") is XpmemDriver
+
+
+async def test_counts_callbacks_and_pages() -> None:
+    """Starts, ends and pages of everything that the address space announces are counted."""
+    notifiers = mn.Notifiers()
+    driver = XpmemDriver()
+    async with notifiers.attached(driver):
+        await notifiers.invalidate(mn.Range(0x1000, 0x4000))
+        await notifiers.invalidate(mn.Range(0x9000, 0xA000, mn.Event.CLEAR))
+    assert driver.counters == {
+        "invalidate_range_start": 2,
+        "invalidate_range_end": 2,
+        "pages": 4,
+    }
+
+
+async def test_counts_nothing_once_unregistered() -> None:
+    """What is invalidated after the driver has left does not reach it."""
+    notifiers = mn.Notifiers()
+    driver = XpmemDriver()
+    async with notifiers.attached(driver):
+        pass
+    await notifiers.invalidate(mn.Range(0x1000, 0x4000))
+    assert not driver.counters
+
+
+async def test_logs_the_counters_at_release() -> None:
+    """The last thing that the driver does is to log what it has counted."""
+    captured = LogCapture()
+    logger = structlog.wrap_logger(None, processors=[captured])
+    notifiers = mn.Notifiers()
+    async with notifiers.attached(XpmemDriver(logger)):
+        await notifiers.invalidate(mn.Range(0x1000, 0x4000))
+    (line,) = captured.entries
+    assert (line["event"], line["driver"], line["pages"]) == ("xpmem_counted", "xpmem", 3)
+
+
+async def test_needs_sleeping_locks() -> None:
+    """Where address spaces are kept by spinlocks nobody may wait for importers."""
+    with pytest.raises(mn.WrongColour):
+        await mn.Notifiers(mn.SpinLocks).register(XpmemDriver())  # type: ignore[type-var]
