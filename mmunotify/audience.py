@@ -10,17 +10,17 @@ every section that did not know the newest subscriber is over, which is what `re
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of
+from .errors import ScheduleWhileAtomic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     import anyio
 
     from .notifiers import Notifiers
-    from .tracer import Tracer
 
 D_co = TypeVar("D_co", bound=AnyDriver, covariant=True)
 
@@ -38,7 +38,6 @@ class Subscription(Generic[D_co]):
         "release_begun",
         "release_done",
         "release_waiter",
-        "running",
         "users",
     )
 
@@ -50,8 +49,6 @@ class Subscription(Generic[D_co]):
         """On the list: told of sections that begin now."""
         self.failure: BaseException | None = None
         """What the callback raised for which the driver is quarantined: told nothing any more."""
-        self.running = 0
-        """Coroutine callbacks that have begun and not returned."""
         self.users = users
         """References taken by `get`; 0 for a subscription made by `register`."""
         self.release_begun = False
@@ -67,7 +64,7 @@ class Subscription(Generic[D_co]):
         return f"<Subscription {self.name} at {self.notifiers.name}: {state}>"
 
 
-TRACE: Final = "trace"
+WATCHER: Final = "watcher"
 
 
 class Call(NamedTuple):
@@ -78,7 +75,15 @@ class Call(NamedTuple):
     suspends: bool
     """Whether it is a coroutine function."""
     name: str
-    """The callback's name in the driver, or TRACE: not a driver's, but the trace's listener."""
+    """The callback's name in the driver, or WATCHER: not a driver's."""
+
+
+class Watcher(Protocol):
+    """Who sees the sections of an address space without being one of its drivers."""
+
+    def wrap(self, audience: Audience) -> None:
+        """Add to, or replace, the calls of an audience that is being made."""
+        ...
 
 
 class Audience:
@@ -90,6 +95,7 @@ class Audience:
         "concurrent",
         "end_calls",
         "ends",
+        "ends_suspend",
         "nonblock_calls",
         "nonblock_ends",
         "open",
@@ -97,13 +103,15 @@ class Audience:
         "start_calls",
         "starts",
         "subscriptions",
+        "suspending_ends",
+        "suspending_starts",
         "suspends",
         "sync_calls",
         "test_young",
     )
 
     def __init__(
-        self, subscriptions: Iterable[Subscription[AnyDriver]], tracer: Tracer | None = None
+        self, subscriptions: Iterable[Subscription[AnyDriver]], watchers: Iterable[Watcher] = ()
     ) -> None:
         self.subscriptions = tuple(subscriptions)
         self.open = 0
@@ -116,20 +124,34 @@ class Audience:
         self.clear_flush_young = self._calls("clear_flush_young")
         self.clear_young = self._calls("clear_young")
         self.test_young = self._calls("test_young")
-        if tracer is not None:
-            tracer.wrap(self)
+        for watcher in watchers:
+            watcher.wrap(self)
         self.suspends = any(
             call.suspends for call in self.start_calls + self.end_calls + self.page_calls
         )
         """Whether somebody can only be told by a coroutine."""
+        self.ends_suspend = any(call.suspends for call in self.end_calls)
         self.concurrent = sum(sub.driver.concurrent for sub in self.subscriptions) > 1
+        # What the fast paths walk: the callbacks alone, all of one colour.
         self.starts = tuple(call.callback for call in self.start_calls)
         self.ends = tuple(call.callback for call in self.end_calls)
+        self.suspending_starts = tuple(map(_suspending, self.start_calls))
+        self.suspending_ends = tuple(map(_suspending, self.end_calls))
+        if self.suspends:
+            self.starts = self.ends = (self._refuse,)
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
         """Who of this audience has been quarantined: it may still hold stale translations."""
         return tuple(sub for sub in self.subscriptions if sub.failure is not None)
+
+    def _refuse(self, what: object) -> None:
+        names = ", ".join(
+            sub.name for sub in self.subscriptions if isinstance(sub.driver, SleepableDriver)
+        )
+        raise ScheduleWhileAtomic(
+            f"atomic section over {what!r}: expected drivers that cannot suspend, found {names}"
+        )
 
     def _calls(self, *names: str) -> tuple[Call, ...]:
         return tuple(
@@ -162,6 +184,18 @@ class Audience:
             ):
                 calls.append(Call(sub, getattr(sub.driver, name), False, name))
         return tuple(starts), tuple(ends)
+
+
+def _suspending(call: Call) -> Callable[..., Awaitable[object]]:
+    """The callback as a coroutine function, whatever its colour."""
+    callback = call.callback
+    if call.suspends:
+        return callback
+
+    async def plain(*args: object) -> None:
+        callback(*args)
+
+    return plain
 
 
 _SECTION_CALLBACKS: Final = (

@@ -24,7 +24,7 @@ import math
 import sys
 import time
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeAlias, TypeVar, overload
 
 import anyio
 import anyio.lowlevel
@@ -32,7 +32,7 @@ import attrs
 from anyio import CancelScope, get_cancelled_exc_class
 
 from . import log
-from .audience import TRACE, Audience, Call, Subscription, distribution_of
+from .audience import WATCHER, Audience, Call, Subscription, Watcher, distribution_of
 from .drivers import (
     AnyDriver,
     AtomicDriver,
@@ -49,17 +49,16 @@ from .errors import (
     CalledFromCallback,
     ForeignThread,
     NotRegistered,
-    ScheduleWhileAtomic,
     WouldBlock,
     WrongColour,
 )
-from .locks import SRCU, LockModel, RwSems
+from .locks import SRCU, LockModel, RwSems, lockdep
 from .ranges import Range
 from .sections import AtomicSection, NonblockSection, Section
-from .tracer import Tracer
+from .watchers import Guard, Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
     from contextlib import AbstractAsyncContextManager
     from types import FrameType
 
@@ -81,8 +80,8 @@ class NotifiersStatistics:
     """Drivers that failed and have not been unregistered."""
     open_sections: int
     """Sections that have begun and not ended, of every audience."""
-    callbacks_running: int
-    """Coroutine callbacks that have begun and not returned."""
+    srcu_readers: int
+    """Walks over coroutine callbacks that have begun and not ended, in the whole SRCU domain."""
 
 
 class Notifiers(Generic[L]):
@@ -141,10 +140,10 @@ class Notifiers(Generic[L]):
         self._token: Any = None
         self._subscriptions: list[Subscription[AnyDriver]] = []
         self._shared: dict[type[Driver], Subscription[AnyDriver]] = {}
-        self._audience = Audience(())
+        self._tracer: Tracer | None = None
+        self._audience = self._listed()
         self._draining: list[Audience] = []
         self._drained: list[tuple[set[Audience], Callable[[], object]]] = []
-        self._tracer: Tracer | None = None
         self._exiting = False
 
     def __repr__(self) -> str:
@@ -364,33 +363,23 @@ class Notifiers(Generic[L]):
         told = self._audience
         if not told.suspends:
             return self.invalidate_range_start_atomic(rng)
-        if get_ident() != self._thread:
-            self._enter()
         told.open += 1
         if told.concurrent:
             await self._start_concurrently(told, rng)
             return told
-        index = self.srcu.read_lock()
+        srcu = self.srcu
+        index = srcu.read_lock()
         try:
-            for call in told.start_calls:
-                sub, start, suspends, _ = call
-                if not sub.hashed:
-                    continue
-                sub.running += 1
+            for start in told.suspending_starts:
                 try:
-                    if suspends:
-                        await start(rng)
-                    else:
-                        start(rng)
+                    await start(rng)
                 except BaseException as exc:
-                    if not self._survives(call, exc, rng):
-                        before = told.start_calls[: told.start_calls.index(call)]
-                        await self._undo_start(told, before, rng)
+                    position = told.suspending_starts.index(start)
+                    if not self._survives(told.start_calls[position], exc, rng):
+                        await self._undo_start(told, told.start_calls[:position], rng)
                         raise
-                finally:
-                    sub.running -= 1
         finally:
-            self.srcu.read_unlock(index)
+            srcu.read_unlock(index)
         return told
 
     async def invalidate_range_end(self, rng: Range, told: Audience) -> Failed:
@@ -402,7 +391,20 @@ class Notifiers(Generic[L]):
         """
         if not told.suspends:
             return self.invalidate_range_end_atomic(rng, told)
-        interrupted = await self._tell(told.end_calls, rng, concurrent=told.concurrent)
+        interrupted: BaseException | None = None
+        if told is self._audience and told.ends_suspend and not told.concurrent:
+            srcu = self.srcu
+            index = srcu.read_lock()
+            with CancelScope(shield=True):
+                for end in told.suspending_ends:
+                    try:
+                        await end(rng)
+                    except BaseException as exc:
+                        call = told.end_calls[told.suspending_ends.index(end)]
+                        interrupted = self._raised(call, exc, rng) or interrupted
+            srcu.read_unlock(index)
+        else:
+            interrupted = await self._tell(told.end_calls, rng, concurrent=told.concurrent)
         self._close(told)
         if interrupted is not None:
             raise interrupted
@@ -422,16 +424,15 @@ class Notifiers(Generic[L]):
 
         Raises ScheduleWhileAtomic if a driver is there that can only be told by a coroutine.
         """
-        if get_ident() != self._thread:
-            self._enter()
         told = self._audience
-        if told.suspends:
-            self._refuse_sleepable(told)
         told.open += 1
         for start in told.starts:
             try:
                 start(rng)
             except BaseException as exc:
+                if told.suspends:
+                    self._close(told)
+                    raise
                 position = told.starts.index(start)
                 if not self._survives(told.start_calls[position], exc, rng):
                     self._undo_plain(told, told.start_calls[:position], told.end_calls, rng)
@@ -507,7 +508,7 @@ class Notifiers(Generic[L]):
         self._enter()
         told = self._audience
         if told.suspends:
-            self._refuse_sleepable(told)
+            told.starts[0](one_page(address))  # refuses
         told.open += 1
         interrupted = self._tell_plain(told.page_calls, address)
         self._close(told)
@@ -584,7 +585,7 @@ class Notifiers(Generic[L]):
             subscriptions=sum(sub.hashed for sub in subscriptions),
             quarantined=sum(sub.failure is not None for sub in subscriptions),
             open_sections=self._audience.open + sum(told.open for told in self._draining),
-            callbacks_running=sum(sub.running for sub in subscriptions),
+            srcu_readers=self.srcu.readers,
         )
 
     # ------------------------------------------------------------------ inside: who is told
@@ -602,10 +603,16 @@ class Notifiers(Generic[L]):
         with contextlib.suppress(anyio.NoEventLoopError):  # plain calls need no loop
             self._token = anyio.lowlevel.current_token()
 
+    def _listed(self) -> Audience:
+        watchers: list[Watcher] = [] if self._tracer is None else [self._tracer]
+        if lockdep.enabled:
+            watchers.append(Guard(self, self._enter))
+        return Audience((sub for sub in self._subscriptions if sub.hashed), watchers)
+
     def _replace(self) -> None:
         """Publish the list as it is now; sections already open keep theirs."""
         old = self._audience
-        self._audience = Audience((sub for sub in self._subscriptions if sub.hashed), self._tracer)
+        self._audience = self._listed()
         self.armed = bool(self._audience.subscriptions) or self._tracer is not None
         if old.open:
             self._draining.append(old)
@@ -756,16 +763,15 @@ class Notifiers(Generic[L]):
             return await self._persist(sub.release_waiter.wait, scope)
         sub.release_begun = True
         index = self.srcu.read_lock()
-        sub.running += 1
+        release = sub.driver.release
         try:
-            await sub.driver.release()
+            await release()
         except BaseException as exc:
             self._failed(sub, "release", exc, None)
             if scope.cancel_called:
                 raise
             return None if isinstance(exc, Exception) else exc
         finally:
-            sub.running -= 1
             self.srcu.read_unlock(index)
             sub.release_done = True
             if sub.release_waiter is not None:
@@ -793,9 +799,21 @@ class Notifiers(Generic[L]):
                 return interrupted
 
     def _running(self) -> list[str]:
-        audiences = (self._audience, *self._draining)
-        subs = dict.fromkeys(sub for told in audiences for sub in told.subscriptions)
-        return [sub.name for sub in subs if sub.running]
+        """In which drivers' callbacks tasks are suspended now, as "driver.callback in task".
+
+        Read off the frames of the tasks, so that dispatch has nothing to write down.
+        """
+        return [
+            f"{found} in task {task.name}"
+            for task in anyio.get_running_tasks()
+            for found in self._callbacks_of(lockdep.await_frames(task.coro))
+        ]
+
+    def _callbacks_of(self, frames: Iterable[FrameType]) -> Iterator[str]:
+        for frame in frames:
+            variable = _CALLING.get(frame.f_code)
+            if variable is not None and frame.f_locals["self"].srcu is self.srcu:
+                yield getattr(frame.f_locals.get(variable), "__qualname__", frame.f_code.co_name)
 
     def _free(self, sub: Subscription[AnyDriver]) -> None:
         try:
@@ -804,18 +822,12 @@ class Notifiers(Generic[L]):
             self._failed(sub, "free", exc, None)
 
     def _refuse_in_callback(self, what: str) -> None:
-        """Raise if this task is inside a callback of our SRCU domain: it would wait for itself.
-
-        The frames that await the caller tell, so that dispatch has nothing to write down.
-        """
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code in _CALLING and frame.f_locals["self"].srcu is self.srcu:
-                raise CalledFromCallback(
-                    f"{what} at {self.name} inside a callback: it would wait for the callback to "
-                    "return; put is allowed there, or use a task of your own"
-                )
-            frame = frame.f_back
+        """Raise if this task is inside a callback of our SRCU domain: it would wait for itself."""
+        for found in self._callbacks_of(_calling_frames()):
+            raise CalledFromCallback(
+                f"{what} at {self.name} inside {found}: it would wait for the callback to return; "
+                "put is allowed there, or use a task of your own"
+            )
 
     # ------------------------------------------------------------------ inside: telling
 
@@ -845,7 +857,6 @@ class Notifiers(Generic[L]):
         sub, callback, suspends, _ = call
         if not sub.hashed:
             return
-        sub.running += 1
         try:
             if suspends:
                 await callback(what)
@@ -855,15 +866,12 @@ class Notifiers(Generic[L]):
             interrupted = self._raised(call, exc, what)
             if interrupted is not None:
                 interruptions.append(interrupted)
-        finally:
-            sub.running -= 1
 
     async def _begin(self, call: Call, rng: Range, done: list[Call]) -> None:
         """One start among concurrent ones: `done` gets it when it has succeeded."""
         sub, start, suspends, _ = call
         if not sub.hashed:
             return
-        sub.running += 1
         try:
             if suspends:
                 await start(rng)
@@ -874,8 +882,6 @@ class Notifiers(Generic[L]):
                 raise
         else:
             done.append(call)
-        finally:
-            sub.running -= 1
 
     async def _together(
         self, calls: Iterable[Call], tell: Callable[..., Coroutine[Any, Any, None]], *args: object
@@ -957,14 +963,14 @@ class Notifiers(Generic[L]):
 
         A cancellation or KeyboardInterrupt does not, nor does what the listener of `trace` raised.
         """
-        if isinstance(exc, Exception) and call.name != TRACE:
+        if isinstance(exc, Exception) and call.name != WATCHER:
             self._quarantine(call, exc, what)
             return True
         return False
 
     def _raised(self, call: Call, exc: BaseException, what: Range | int) -> BaseException | None:
         """A callback raised in what must go on: quarantine it; what is to be raised afterwards."""
-        if call.name == TRACE:
+        if call.name == WATCHER:
             return exc
         self._quarantine(call, exc, what)
         return None if isinstance(exc, Exception) else exc
@@ -1003,15 +1009,6 @@ class Notifiers(Generic[L]):
             **where,
         )
 
-    def _refuse_sleepable(self, told: Audience) -> NoReturn:
-        names = ", ".join(
-            sub.name for sub in told.subscriptions if isinstance(sub.driver, SleepableDriver)
-        )
-        raise ScheduleWhileAtomic(
-            f"{self.name}: expected drivers that can be told in an atomic section; {names} may "
-            "suspend"
-        )
-
 
 def _calls_of(done: Iterable[Call], calls: tuple[Call, ...]) -> tuple[Call, ...]:
     """Those of `calls` whose subscription is among those of `done`."""
@@ -1019,18 +1016,26 @@ def _calls_of(done: Iterable[Call], calls: tuple[Call, ...]) -> tuple[Call, ...]
     return tuple(call for call in calls if call.subscription in told)
 
 
-# The frames that are on the stack while a callback of an SRCU domain runs.
-_CALLING: Final = frozenset(
-    method.__code__
-    for method in (
-        Notifiers.invalidate_range_start,
-        Notifiers.invalidate_range_start_atomic,
-        Notifiers.invalidate_range_end_atomic,
-        Notifiers.invalidate_range_start_nonblock,
-        Notifiers._begin,
-        Notifiers._finish,
-        Notifiers._tell_plain,
-        Notifiers._ask,
-        Notifiers._release_one,
+def _calling_frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# The frames that are on the stack while a callback runs, and which variable holds it there.
+_CALLING: Final = {
+    method.__code__: variable
+    for method, variable in (
+        (Notifiers.invalidate_range_start, "start"),
+        (Notifiers.invalidate_range_end, "end"),
+        (Notifiers.invalidate_range_start_atomic, "start"),
+        (Notifiers.invalidate_range_end_atomic, "end"),
+        (Notifiers.invalidate_range_start_nonblock, "call"),
+        (Notifiers._begin, "start"),
+        (Notifiers._finish, "callback"),
+        (Notifiers._tell_plain, "call"),
+        (Notifiers._ask, "call"),
+        (Notifiers._release_one, "release"),
     )
-)
+}

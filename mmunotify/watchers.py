@@ -1,6 +1,7 @@
-"""How a traced address space records its sections and callbacks.
+"""Who watches the sections of an address space: the trace, and the checks of checking mode.
 
-Tracing replaces the calls of the audience by recording ones, so an untraced dispatch pays nothing.
+A watcher replaces the calls of the audience when the audience is made, so that a dispatch that
+nobody watches pays nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ import time
 from typing import TYPE_CHECKING, Any, cast
 
 from . import log
-from .audience import TRACE, Audience, Call, Subscription
+from .audience import WATCHER, Audience, Call, Subscription
 from .drivers import AnyDriver
+from .locks import lockdep
 from .ranges import PAGE_SIZE, page_down
 
 if TYPE_CHECKING:
@@ -20,19 +22,46 @@ if TYPE_CHECKING:
     from .ranges import Range
 
 
+def _watching(notifiers: Notifiers[Any], name: str) -> Subscription[AnyDriver]:
+    """A place in the list that is not a driver's."""
+    place = Subscription(cast(AnyDriver, None), notifiers)
+    place.name = name
+    place.hashed = True
+    return place
+
+
+class Guard:
+    """Checks that sections begin where they may; there only while lockdep is on."""
+
+    __slots__ = ("_enter", "_place")
+
+    def __init__(self, notifiers: Notifiers[Any], enter: Callable[[], None]) -> None:
+        self._enter = enter
+        self._place = _watching(notifiers, "guard")
+
+    def wrap(self, audience: Audience) -> None:
+        """Have each start check its thread, and that it may suspend if somebody will."""
+        suspends = any(call.suspends for call in audience.start_calls + audience.end_calls)
+
+        def guard(rng: Range) -> None:
+            self._enter()
+            if suspends:
+                lockdep.might_sleep(f"a section over {rng!r} with sleepable drivers")
+
+        call = Call(self._place, guard, False, WATCHER)
+        audience.start_calls = (call, *audience.start_calls)
+
+
 class Tracer:
     """Wraps the calls of an audience so that each leaves a `log.Record`; only while traced."""
 
-    __slots__ = ("_began", "_mm", "_section", "emit")
+    __slots__ = ("_began", "_mm", "_place", "emit")
 
     def __init__(self, notifiers: Notifiers[Any], emit: Callable[[log.Record], object]) -> None:
         self._mm = notifiers.name
+        self._place = _watching(notifiers, "trace")
         self.emit = emit
         self._began: dict[int, int] = {}
-        # Not a driver: a place in the list from which sections are seen to begin and end.
-        self._section = Subscription(cast(AnyDriver, None), notifiers)
-        self._section.name = TRACE
-        self._section.hashed = True
 
     def wrap(self, audience: Audience) -> None:
         """Replace the audience's calls by traced ones, and watch its sections begin and end."""
@@ -42,8 +71,8 @@ class Tracer:
             *("clear_flush_young", "clear_young", "test_young"),
         ):
             setattr(audience, slot, tuple(map(self._wrapped, getattr(audience, slot))))
-        begin = Call(self._section, self._begin, False, TRACE)
-        end = Call(self._section, self._end, False, TRACE)
+        begin = Call(self._place, self._begin, False, WATCHER)
+        end = Call(self._place, self._end, False, WATCHER)
         audience.start_calls = (begin, *audience.start_calls)
         audience.nonblock_calls = (begin, *audience.nonblock_calls)
         audience.end_calls = (*audience.end_calls, end)
