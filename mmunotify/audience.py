@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     import anyio
 
-    from .notifiers import Notifiers
 
 D_co = TypeVar("D_co", bound=AnyDriver, covariant=True)
 
@@ -29,27 +28,30 @@ class Subscription(Generic[D_co]):
     """One driver at one address space, from `register` or `get` until `unregister` or `put`."""
 
     __slots__ = (
+        "address_space",
         "driver",
         "failure",
         "hashed",
         "name",
-        "notifiers",
         "over",
+        "owner",
         "release_begun",
         "release_done",
         "release_waiter",
         "users",
     )
 
-    def __init__(self, driver: D_co, notifiers: Notifiers[Any], users: int = 0) -> None:
+    def __init__(self, driver: D_co, owner: object, address_space: str) -> None:
         self.driver: Final[D_co] = driver
-        self.notifiers: Final = notifiers
+        self.owner: Final = owner
+        """The `Notifiers` that it is a subscription of."""
+        self.address_space: Final = address_space
         self.name = type(driver).__qualname__
         self.hashed = False
         """On the list: told of sections that begin now."""
         self.failure: BaseException | None = None
         """What the callback raised for which the driver is quarantined: told nothing any more."""
-        self.users = users
+        self.users = 0
         """References taken by `get`; 0 for a subscription made by `register`."""
         self.release_begun = False
         self.release_done = False
@@ -61,7 +63,7 @@ class Subscription(Generic[D_co]):
         state = (
             "quarantined" if self.failure is not None else "registered" if self.hashed else "gone"
         )
-        return f"<Subscription {self.name} at {self.notifiers.name}: {state}>"
+        return f"<Subscription {self.name} at {self.address_space}: {state}>"
 
 
 WATCHER: Final = "watcher"

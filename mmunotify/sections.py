@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .audience import Audience, Subscription
-    from .drivers import AnyDriver
-    from .notifiers import Notifiers
+    from .audience import Audience
+    from .dispatch import Dispatch, Failed
     from .ranges import Range
 
 
 class _Section:
-    __slots__ = ("_notifiers", "failed", "rng", "told")
+    __slots__ = ("_dispatch", "failed", "rng", "told")
 
     told: Audience
 
-    def __init__(self, notifiers: Notifiers[Any], rng: Range) -> None:
-        self._notifiers = notifiers
+    def __init__(self, dispatch: Dispatch, rng: Range) -> None:
+        self._dispatch = dispatch
         self.rng = rng
-        self.failed: tuple[Subscription[AnyDriver], ...] = ()
+        self.failed: Failed = ()
         """After the exit (and the sync): who was quarantined meanwhile. Leak the pages then."""
 
 
@@ -30,12 +29,12 @@ class Section(_Section):
 
     __slots__ = ("_sync",)
 
-    def __init__(self, notifiers: Notifiers[Any], rng: Range, sync: bool) -> None:
-        super().__init__(notifiers, rng)
+    def __init__(self, dispatch: Dispatch, rng: Range, sync: bool) -> None:
+        super().__init__(dispatch, rng)
         self._sync = sync
 
     async def __aenter__(self) -> Section:
-        self.told = await self._notifiers.invalidate_range_start(self.rng)
+        self.told = await self._dispatch.invalidate_range_start(self.rng)
         return self
 
     async def __aexit__(
@@ -45,14 +44,14 @@ class Section(_Section):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.failed = await self._notifiers.invalidate_range_end(self.rng, self.told)
+            self.failed = await self._dispatch.invalidate_range_end(self.rng, self.told)
         finally:
             if self._sync and self.told.sync_calls:
                 await self.sync()
 
     async def sync(self) -> None:
         """Let the deferred drivers finish: no lock held, pages not yet released."""
-        self.failed = await self._notifiers.invalidate_range_sync(self.rng, self.told)
+        self.failed = await self._dispatch.invalidate_range_sync(self.rng, self.told)
 
 
 class AtomicSection(_Section):
@@ -61,7 +60,7 @@ class AtomicSection(_Section):
     __slots__ = ()
 
     def __enter__(self) -> AtomicSection:
-        self.told = self._notifiers.invalidate_range_start_atomic(self.rng)
+        self.told = self._dispatch.invalidate_range_start_atomic(self.rng)
         return self
 
     def __exit__(
@@ -70,11 +69,11 @@ class AtomicSection(_Section):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.failed = self._notifiers.invalidate_range_end_atomic(self.rng, self.told)
+        self.failed = self._dispatch.invalidate_range_end_atomic(self.rng, self.told)
 
     async def sync(self) -> None:
         """Let the deferred drivers finish: locks dropped, pages not yet released."""
-        self.failed = await self._notifiers.invalidate_range_sync(self.rng, self.told)
+        self.failed = await self._dispatch.invalidate_range_sync(self.rng, self.told)
 
 
 class NonblockSection(_Section):
@@ -83,7 +82,7 @@ class NonblockSection(_Section):
     __slots__ = ()
 
     def __enter__(self) -> NonblockSection:
-        self.told = self._notifiers.invalidate_range_start_nonblock(self.rng)
+        self.told = self._dispatch.invalidate_range_start_nonblock(self.rng)
         return self
 
     def __exit__(
@@ -92,4 +91,4 @@ class NonblockSection(_Section):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.failed = self._notifiers.invalidate_range_end_nonblock(self.rng, self.told)
+        self.failed = self._dispatch.invalidate_range_end_nonblock(self.rng, self.told)

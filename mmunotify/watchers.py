@@ -18,13 +18,12 @@ from .ranges import PAGE_SIZE, page_down
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .notifiers import Notifiers
     from .ranges import Range
 
 
-def _watching(notifiers: Notifiers[Any], name: str) -> Subscription[AnyDriver]:
+def _place(name: str) -> Subscription[AnyDriver]:
     """A place in the list that is not a driver's."""
-    place = Subscription(cast(AnyDriver, None), notifiers)
+    place = Subscription(cast(AnyDriver, None), None, "")
     place.name = name
     place.hashed = True
     return place
@@ -35,9 +34,9 @@ class Guard:
 
     __slots__ = ("_enter", "_place")
 
-    def __init__(self, notifiers: Notifiers[Any], enter: Callable[[], None]) -> None:
+    def __init__(self, enter: Callable[[], None]) -> None:
         self._enter = enter
-        self._place = _watching(notifiers, "guard")
+        self._place = _place("guard")
 
     def wrap(self, audience: Audience) -> None:
         """Have each start check its thread, and that it may suspend if somebody will."""
@@ -57,9 +56,9 @@ class Tracer:
 
     __slots__ = ("_began", "_mm", "_place", "emit")
 
-    def __init__(self, notifiers: Notifiers[Any], emit: Callable[[log.Record], object]) -> None:
-        self._mm = notifiers.name
-        self._place = _watching(notifiers, "trace")
+    def __init__(self, mm: str, emit: Callable[[log.Record], object]) -> None:
+        self._mm = mm
+        self._place = _place("trace")
         self.emit = emit
         self._began: dict[int, int] = {}
 

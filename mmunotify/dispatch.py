@@ -1,0 +1,591 @@
+"""How an address space tells its drivers: sections, single pages, ageing, and who fails.
+
+Drivers are called newest first. A list of plain callbacks is walked in one step; a list with
+coroutines is walked in an SRCU read section. A callback that raises cannot undo the operation: its
+driver is quarantined, the section names it in `failed`, and the owner of the pages leaks them
+instead of reusing them. The others go on.
+
+Uncontended calls never suspend: nothing of the event loop is made before there is something to wait
+for, except one shielded cancel scope around ends that are coroutines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import anyio
+import anyio.lowlevel
+from anyio import CancelScope
+
+from . import log
+from .audience import WATCHER, Audience, Call, Subscription, Watcher, distribution_of
+from .drivers import AnyDriver, one_page
+from .errors import CalledFromCallback, ForeignThread, WouldBlock
+from .locks import SRCU, lockdep
+from .ranges import Range
+from .watchers import Guard, Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from types import FrameType
+
+Failed: TypeAlias = tuple[Subscription[AnyDriver], ...]
+"""Who was quarantined since a section began: leak its pages instead of reusing them."""
+
+
+class Dispatch:
+    """The telling half of `Notifiers`: an audience, and what walks it."""
+
+    def __init__(self, name: str, srcu: SRCU | None, logger: object) -> None:
+        self.name: Final = name
+        self.srcu: Final = srcu if srcu is not None else SRCU(f"srcu of {name}")
+        """The domain of the read sections in which coroutine callbacks run."""
+        self.armed = False
+        """Whether anybody has to be told; a plain attribute, for call sites to test."""
+        self._log = log.Log(logger, mm=name)
+        self._thread = 0
+        self._token: Any = None
+        self._subscriptions: list[Subscription[AnyDriver]] = []
+        self._tracer: Tracer | None = None
+        self._audience = self._listed()
+        self._draining: list[Audience] = []
+        self._drained: list[tuple[set[Audience], Callable[[], object]]] = []
+
+    # ------------------------------------------------------------------ sections
+
+    async def invalidate(self, rng: Range) -> Failed:
+        """Start, end and sync at once, for ptes that are gone already (a gather that flushes).
+
+        Shielded: the change cannot be undone. Release the pages after it returns, but for what
+        failed.
+        """
+        interrupted: BaseException | None = None
+        told = self._audience
+        if not (told.suspends or told.sync_calls):
+            return self.invalidate_range_end_atomic(rng, self.invalidate_range_start_atomic(rng))
+        self._enter()
+        told.open += 1
+        for calls in (told.start_calls, told.end_calls, told.sync_calls):
+            if calls:
+                raised = await self._tell(calls, rng, concurrent=told.concurrent)
+                interrupted = interrupted or raised
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    def invalidate_atomic(self, rng: Range) -> Audience:
+        """Start and end at once under the page table lock, for ptes that are gone already.
+
+        Hand what it returns to `invalidate_range_sync` if it has `sync_calls`.
+        """
+        told = self.invalidate_range_start_atomic(rng)
+        self.invalidate_range_end_atomic(rng, told)
+        return told
+
+    async def invalidate_range_start(self, rng: Range) -> Audience:
+        """Tell every driver to drop `rng` and make no translation there until the end.
+
+        Before the first pte changes. Give what it returns to `invalidate_range_end`, whatever
+        happens in between. May suspend only in sleepable drivers. Cancelled (or interrupted by
+        what is no Exception), it ends those that had been told, and the section never was.
+        """
+        told = self._audience
+        if not told.suspends:
+            return self.invalidate_range_start_atomic(rng)
+        told.open += 1
+        if told.concurrent:
+            await self._start_concurrently(told, rng)
+            return told
+        srcu = self.srcu
+        index = srcu.read_lock()
+        try:
+            for start in told.suspending_starts:
+                try:
+                    await start(rng)
+                except BaseException as exc:
+                    position = told.suspending_starts.index(start)
+                    if not self._survives(told.start_calls[position], exc, rng):
+                        await self._undo_start(told, told.start_calls[:position], rng)
+                        raise
+        finally:
+            srcu.read_unlock(index)
+        return told
+
+    async def invalidate_range_end(self, rng: Range, told: Audience) -> Failed:
+        """Tell whoever was told the start, and is still there, that `rng` may be looked up again.
+
+        Not cancelled half-way: a native asyncio cancellation interrupts the one callback that it
+        lands in, whose driver is quarantined, and is raised when the others have been told. Returns
+        who failed since the start: leak the pages of the section instead of reusing them.
+        """
+        if not told.suspends:
+            return self.invalidate_range_end_atomic(rng, told)
+        interrupted: BaseException | None = None
+        if told is self._audience and told.ends_suspend and not told.concurrent:
+            srcu = self.srcu
+            index = srcu.read_lock()
+            with CancelScope(shield=True):
+                for end in told.suspending_ends:
+                    try:
+                        await end(rng)
+                    except BaseException as exc:
+                        call = told.end_calls[told.suspending_ends.index(end)]
+                        interrupted = self._raised(call, exc, rng) or interrupted
+            srcu.read_unlock(index)
+        else:
+            interrupted = await self._tell(told.end_calls, rng, concurrent=told.concurrent)
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    async def invalidate_range_sync(self, rng: Range, told: Audience) -> Failed:
+        """Let the deferred drivers finish; after the locks are dropped, before pages are freed."""
+        if not told.sync_calls:
+            return told.failed
+        interrupted = await self._tell(told.sync_calls, rng)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    def invalidate_range_start_atomic(self, rng: Range) -> Audience:
+        """`invalidate_range_start` in one step, legal under spinlocks.
+
+        Raises ScheduleWhileAtomic if a driver is there that can only be told by a coroutine.
+        """
+        told = self._audience
+        told.open += 1
+        for start in told.starts:
+            try:
+                start(rng)
+            except BaseException as exc:
+                if told.suspends:
+                    self._close(told)
+                    raise
+                position = told.starts.index(start)
+                if not self._survives(told.start_calls[position], exc, rng):
+                    self._undo_plain(told, told.start_calls[:position], told.end_calls, rng)
+                    raise
+        return told
+
+    def invalidate_range_end_atomic(self, rng: Range, told: Audience) -> Failed:
+        """`invalidate_range_end` in one step, legal under spinlocks."""
+        if told is not self._audience:
+            return self._end_from(told, 0, rng)
+        for end in told.ends:
+            try:
+                end(rng)
+            except BaseException as exc:
+                position = told.ends.index(end)
+                interrupted = self._raised(told.end_calls[position], exc, rng)
+                return self._end_from(told, position + 1, rng, interrupted)
+        told.open -= 1
+        if told is not self._audience:  # a callback has put its subscription
+            self._drain(told)
+        return ()
+
+    def invalidate_range_start_nonblock(self, rng: Range) -> Audience:
+        """`invalidate_range_start` of a section that must not suspend (the OOM reaper).
+
+        Raises WouldBlock, naming the driver, when one would have to wait: those told before it have
+        then been told the end, the one that refused has not. Source:
+        mmu_notifier_invalidate_range_start_nonblock.
+        """
+        self._enter()
+        rng.blockable = False
+        told = self._audience
+        told.open += 1
+        for position, call in enumerate(told.nonblock_calls):
+            try:
+                refused = call.callback(rng) is False
+            except BaseException as exc:
+                if self._survives(call, exc, rng):
+                    continue
+                self._undo_plain(told, told.nonblock_calls[:position], told.nonblock_ends, rng)
+                raise
+            if refused:
+                self._undo_plain(told, told.nonblock_calls[:position], told.nonblock_ends, rng)
+                name = call.subscription.name
+                self._log.emit(
+                    log.SECTION_REFUSED,
+                    driver=name,
+                    start=rng.start,
+                    end=rng.end,
+                    reason=rng.event.name,
+                )
+                raise WouldBlock(
+                    errno.EAGAIN, f"{name} would have to wait in {rng!r}: non-blockable section"
+                )
+        return told
+
+    def invalidate_range_end_nonblock(self, rng: Range, told: Audience) -> Failed:
+        """The end of a non-blockable section."""
+        interrupted = self._tell_plain(told.nonblock_ends, rng)
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    # ------------------------------------------------------------------ single pages, ageing
+
+    def invalidate_page_atomic(self, address: int) -> Audience:
+        """2008's single-page notification, under the page table lock, the pte already cleared.
+
+        Hand what it returns to `invalidate_range_sync` if it has `sync_calls`. Raises
+        ScheduleWhileAtomic if a driver is there that can only be told by a coroutine.
+        """
+        self._enter()
+        told = self._audience
+        if told.suspends:
+            told.starts[0](one_page(address))  # refuses
+        told.open += 1
+        interrupted = self._tell_plain(told.page_calls, address)
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told
+
+    async def invalidate_page(self, address: int) -> Failed:
+        """2008's single-page notification after the page table lock was dropped, sync included.
+
+        Shielded, like `invalidate`.
+        """
+        self._enter()
+        told = self._audience
+        told.open += 1
+        interrupted = await self._tell(told.page_calls, address)
+        if told.sync_calls:
+            interrupted = await self._tell(told.sync_calls, one_page(address)) or interrupted
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Clear and flush the drivers' accessed bits of [start, end); whether any was set.
+
+        Every driver is asked (I-AGE). Under the page table lock; never suspends.
+        """
+        return self._ask(self._audience.clear_flush_young, start, end, all_of_them=True)
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """Like `clear_flush_young`, without the flush."""
+        return self._ask(self._audience.clear_young, start, end, all_of_them=True)
+
+    def test_young(self, address: int) -> bool:
+        """Whether any driver has used the page at `address`; stops at the first that says yes."""
+        return self._ask(self._audience.test_young, address, all_of_them=False)
+
+    @property
+    def trace(self) -> Callable[[log.Record], object] | None:
+        """Where hot events go, or None (the default: nothing is recorded, and it costs nothing).
+
+        Assign any callable that takes a `log.Record`, such as a `Ring`'s append; what it raises,
+        the operation raises.
+        """
+        return self._tracer.emit if self._tracer is not None else None
+
+    @trace.setter
+    def trace(self, emit: Callable[[log.Record], object] | None) -> None:
+        self._tracer = None if emit is None else Tracer(self.name, emit)
+        self._replace()
+
+    # ------------------------------------------------------------------ inside: who is told
+
+    def _enter(self) -> None:
+        """Bind to the first thread that comes; refuse all others."""
+        if get_ident() == self._thread:
+            return
+        if self._thread:
+            raise ForeignThread(
+                f"{self.name} belongs to the event loop of another thread: expected a call from "
+                "that thread, or post()"
+            )
+        self._thread = get_ident()
+        with contextlib.suppress(anyio.NoEventLoopError):  # plain calls need no loop
+            self._token = anyio.lowlevel.current_token()
+
+    def _listed(self) -> Audience:
+        watchers: list[Watcher] = [] if self._tracer is None else [self._tracer]
+        if lockdep.enabled:
+            watchers.append(Guard(self._enter))
+        return Audience((sub for sub in self._subscriptions if sub.hashed), watchers)
+
+    def _replace(self) -> None:
+        """Publish the list as it is now; sections already open keep theirs."""
+        old = self._audience
+        self._audience = self._listed()
+        self.armed = bool(self._audience.subscriptions) or self._tracer is not None
+        if old.open:
+            self._draining.append(old)
+
+    def _close(self, told: Audience) -> None:
+        told.open -= 1
+        if told is not self._audience:
+            self._drain(told)
+
+    def _drain(self, told: Audience) -> None:
+        """An old audience has lost a section: if it was the last, somebody waits for that."""
+        if told.open:
+            return
+        self._draining.remove(told)
+        for awaited, _ in self._drained:
+            awaited.discard(told)
+        over = [done for awaited, done in self._drained if not awaited]
+        self._drained = [entry for entry in self._drained if entry[0]]
+        for done in over:
+            done()
+
+    def _after_sections(self, done: Callable[[], object]) -> None:
+        """Call `done` when every section of an older audience is over."""
+        if self._draining:
+            self._drained.append((set(self._draining), done))
+        else:
+            done()
+
+    def _unhash(self, sub: Subscription[AnyDriver]) -> None:
+        if sub in self._subscriptions:
+            self._subscriptions.remove(sub)
+        if sub.hashed:
+            sub.hashed = False
+            self._replace()
+
+    def _running(self) -> list[str]:
+        """In which drivers' callbacks tasks are suspended now, as "driver.callback in task".
+
+        Read off the frames of the tasks, so that dispatch has nothing to write down.
+        """
+        return [
+            f"{found} in task {task.name}"
+            for task in anyio.get_running_tasks()
+            for found in self._callbacks_of(lockdep.await_frames(task.coro))
+        ]
+
+    def _callbacks_of(self, frames: Iterable[FrameType]) -> Iterator[str]:
+        for frame in frames:
+            variable = CALLING.get(frame.f_code)
+            if variable is not None and frame.f_locals["self"].srcu is self.srcu:
+                yield getattr(frame.f_locals.get(variable), "__qualname__", frame.f_code.co_name)
+
+    def _refuse_in_callback(self, what: str) -> None:
+        """Raise if this task is inside a callback of our SRCU domain: it would wait for itself."""
+        for found in self._callbacks_of(_calling_frames()):
+            raise CalledFromCallback(
+                f"{what} at {self.name} inside {found}: it would wait for the callback to return; "
+                "put is allowed there, or use a task of your own"
+            )
+
+    # ------------------------------------------------------------------ inside: telling
+
+    async def _tell(
+        self, calls: tuple[Call, ...], what: Range | int, *, concurrent: bool = False
+    ) -> BaseException | None:
+        """Make every call, to the end; what interrupted one of them, to be raised afterwards."""
+        if not any(call.suspends for call in calls):
+            return self._tell_plain(calls, what)
+        interruptions: list[BaseException] = []
+        index = self.srcu.read_lock()
+        try:
+            with CancelScope(shield=True):
+                if concurrent:
+                    await self._together(calls, self._finish, what, interruptions)
+                else:
+                    for call in calls:
+                        await self._finish(call, what, interruptions)
+        finally:
+            self.srcu.read_unlock(index)
+        return interruptions[0] if interruptions else None
+
+    async def _finish(
+        self, call: Call, what: Range | int, interruptions: list[BaseException]
+    ) -> None:
+        """One call of `_tell`: whatever it raises, the others are still told."""
+        sub, callback, suspends, _ = call
+        if not sub.hashed:
+            return
+        try:
+            if suspends:
+                await callback(what)
+            else:
+                callback(what)
+        except BaseException as exc:
+            interrupted = self._raised(call, exc, what)
+            if interrupted is not None:
+                interruptions.append(interrupted)
+
+    async def _begin(self, call: Call, rng: Range, done: list[Call]) -> None:
+        """One start among concurrent ones: `done` gets it when it has succeeded."""
+        sub, start, suspends, _ = call
+        if not sub.hashed:
+            return
+        try:
+            if suspends:
+                await start(rng)
+            else:
+                start(rng)
+        except BaseException as exc:
+            if not self._survives(call, exc, rng):
+                raise
+        else:
+            done.append(call)
+
+    async def _together(
+        self, calls: Iterable[Call], tell: Callable[..., Coroutine[Any, Any, None]], *args: object
+    ) -> None:
+        """`tell` each call: those that opt in at the same time, the others in order meanwhile."""
+        in_order = []
+        async with anyio.create_task_group() as tasks:
+            for call in calls:
+                if call.suspends and call.subscription.driver.concurrent:
+                    tasks.start_soon(tell, call, *args)
+                else:
+                    in_order.append(call)
+            for call in in_order:
+                await tell(call, *args)
+
+    async def _start_concurrently(self, told: Audience, rng: Range) -> None:
+        done: list[Call] = []
+        index = self.srcu.read_lock()
+        try:
+            await self._together(told.start_calls, self._begin, rng, done)
+        except BaseException:
+            await self._undo_start(told, done, rng)
+            raise
+        finally:
+            self.srcu.read_unlock(index)
+
+    def _tell_plain(self, calls: Iterable[Call], what: Range | int) -> BaseException | None:
+        """`_tell` in one step."""
+        interrupted: BaseException | None = None
+        for call in calls:
+            if call.subscription.hashed:
+                try:
+                    call.callback(what)
+                except BaseException as exc:
+                    interrupted = self._raised(call, exc, what) or interrupted
+        return interrupted
+
+    async def _undo_start(self, told: Audience, done: Iterable[Call], rng: Range) -> None:
+        """The section will not be: end it for those whose start has succeeded."""
+        await self._tell(_calls_of(done, told.end_calls), rng, concurrent=told.concurrent)
+        self._close(told)
+
+    def _undo_plain(
+        self, told: Audience, done: Iterable[Call], ends: tuple[Call, ...], rng: Range
+    ) -> None:
+        self._tell_plain(_calls_of(done, ends), rng)
+        self._close(told)
+
+    def _end_from(
+        self, told: Audience, position: int, rng: Range, interrupted: BaseException | None = None
+    ) -> Failed:
+        interrupted = self._tell_plain(told.end_calls[position:], rng) or interrupted
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
+        return told.failed
+
+    def _ask(self, calls: tuple[Call, ...], *args: int, all_of_them: bool) -> bool:
+        if not calls:
+            return False
+        told = self._audience
+        told.open += 1  # a put inside a callback must not free what is being walked
+        young = False
+        try:
+            for call in calls:
+                if young and not all_of_them:
+                    break
+                try:
+                    young |= bool(call.callback(*args))
+                except BaseException as exc:
+                    if not self._survives(call, exc, args[0]):
+                        raise
+        finally:
+            self._close(told)
+        return young
+
+    def _survives(self, call: Call, exc: BaseException, what: Range | int) -> bool:
+        """Whether a start that raised lets the section go on, without the driver that failed.
+
+        A cancellation or KeyboardInterrupt does not, nor does what the listener of `trace` raised.
+        """
+        if isinstance(exc, Exception) and call.name != WATCHER:
+            self._quarantine(call, exc, what)
+            return True
+        return False
+
+    def _raised(self, call: Call, exc: BaseException, what: Range | int) -> BaseException | None:
+        """A callback raised in what must go on: quarantine it; what is to be raised afterwards."""
+        if call.name == WATCHER:
+            return exc
+        self._quarantine(call, exc, what)
+        return None if isinstance(exc, Exception) else exc
+
+    def _quarantine(self, call: Call, exc: BaseException, what: Range | int) -> None:
+        sub = call.subscription
+        if sub.hashed:
+            sub.hashed = False
+            self._replace()
+        self._failed(sub, call.name, exc, what)
+
+    def _failed(
+        self,
+        sub: Subscription[AnyDriver],
+        callback: str,
+        exc: BaseException,
+        what: Range | int | None,
+    ) -> None:
+        sub.failure = exc
+        module = type(sub.driver).__module__
+        where = (
+            {"start": what.start, "end": what.end}
+            if isinstance(what, Range)
+            else {}
+            if what is None
+            else {"start": what}
+        )
+        self._log.emit(
+            log.DRIVER_FAILED,
+            driver=sub.name,
+            module=module,
+            distribution=distribution_of(module),
+            callback=callback,
+            error=repr(exc),
+            exc_info=exc,
+            **where,
+        )
+
+
+def _calls_of(done: Iterable[Call], calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    """Those of `calls` whose subscription is among those of `done`."""
+    told = {call.subscription for call in done}
+    return tuple(call for call in calls if call.subscription in told)
+
+
+def _calling_frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+# The frames that are on the stack while a callback runs, and which variable holds it there.
+CALLING: Final = {
+    method.__code__: variable
+    for method, variable in (
+        (Dispatch.invalidate_range_start, "start"),
+        (Dispatch.invalidate_range_end, "end"),
+        (Dispatch.invalidate_range_start_atomic, "start"),
+        (Dispatch.invalidate_range_end_atomic, "end"),
+        (Dispatch.invalidate_range_start_nonblock, "call"),
+        (Dispatch._begin, "start"),
+        (Dispatch._finish, "callback"),
+        (Dispatch._tell_plain, "call"),
+        (Dispatch._ask, "call"),
+    )
+}
