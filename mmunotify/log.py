@@ -189,3 +189,25 @@ class Ring:
         for count, line in enumerate(self.drain(), 1):  # noqa: B007
             file.write(json.dumps(line, separators=(",", ":")) + "\n")
         return count
+
+
+def markdown() -> str:
+    """The catalogue as the page of the documentation that `python -m mmunotify.log` prints."""
+    lines = [
+        "# Events",
+        "",
+        "Every line carries `event`, `seq` (one order over all events of the process) and `ts_ns`",
+        "(monotonic). Lines at debug are the hot ones: they are `Record` tuples, made only while",
+        "`Notifiers.trace` is set. A key that does not apply is left out.",
+        "",
+        "| event | level | keys | meaning |",
+        "|---|---|---|---|",
+    ]
+    for spec in CATALOGUE.values():
+        keys = ", ".join(f"`{key}`" for key in spec.keys)
+        lines.append(f"| `{spec.name}` | {spec.level} | {keys} | {spec.summary} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
