@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Lock:
     """A named lock, of a lock class, that is checked if lockdep was on when it was made.
 
-    `name` is for messages. `lock_class` is what lockdep orders by: when not given, the part of the
-    name before any `[`, `#` or `:`. `order` lets several locks of one class be held in ascending
-    order, as mmap_locks are by address.
+    `name` is for messages. `lock_class` is what lockdep orders by: the first word of the name when
+    not given (that of `mmap_lock[7]` is `mmap_lock`). `order` lets several locks of one class be
+    held in ascending order, as mmap_locks are by address.
     """
 
     __slots__ = ("lock_class", "name", "order")

@@ -7,10 +7,11 @@ callbacks sleep is refused under `SpinLocks`, by a type checker and at run time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from .rwsem import RWSemaphore
-from .spinlock import SpinRWLock
+from .rwsem import RWSemaphore, RWSemaphoreStatistics
+from .spinlock import SpinLockStatistics, SpinRWLock
 
 if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
@@ -73,11 +74,11 @@ class RmapLock(Protocol):
     def downgrade_write(self) -> None:
         """The writer becomes a reader."""
 
-    def statistics(self) -> Any:
+    def statistics(self) -> RWSemaphoreStatistics | SpinLockStatistics:
         """A snapshot for debugging."""
 
 
-class LockModel:
+class LockModel(ABC):
     """What the two models have in common. Models are used as classes and never instantiated."""
 
     name: ClassVar[str]
@@ -85,9 +86,9 @@ class LockModel:
     """Whether callbacks under a reverse-map lock may suspend."""
 
     @staticmethod
+    @abstractmethod
     def rmap_lock(name: str, lock_class: str | None = None) -> RmapLock:
         """A new reverse-map lock of this model."""
-        raise NotImplementedError
 
 
 class SpinLocks(LockModel):

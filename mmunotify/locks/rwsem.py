@@ -58,10 +58,9 @@ class RWSemaphore(Lock):
     it waits leaves no trace; cancelled with the lock already handed to it, it passes it on. It is
     not reentrant, not even for readers, who may have a writer waiting between their two calls.
 
-    `name` is for messages, `lock_class` is what lockdep orders by (the part of the name before any
-    `[`, `#` or `:` when not given), and `order` lets several locks of one class be held in
-    ascending order, as mmap_locks are by address. Source: struct rw_semaphore,
-    include/linux/rwsem.h.
+    `name` is for messages, `lock_class` is what lockdep orders by (the first word of the name when
+    not given), and `order` lets several locks of one class be held in ascending order, as
+    mmap_locks are by address. Source: struct rw_semaphore, include/linux/rwsem.h.
     """
 
     __slots__ = (

@@ -31,9 +31,9 @@ class SpinLockStatistics:
 class SpinLock(Lock):
     """A lock for `with lock:`, whose held part must not suspend.
 
-    `name` is for messages, `lock_class` is what lockdep orders by (the part of the name before any
-    `[`, `#` or `:` when not given), and `order` lets several locks of one class be held in
-    ascending order. Source: spinlock_t, include/linux/spinlock.h.
+    `name` is for messages, `lock_class` is what lockdep orders by (the first word of the name when
+    not given), and `order` lets several locks of one class be held in ascending order. Source:
+    spinlock_t, include/linux/spinlock.h.
 
     Raises `SpinlockHeld` when it is found held. With lockdep the message has the holder's task and
     line, and leaving it raises `ScheduleWhileAtomic` if the event loop ran since it was taken.

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import anyio.lowlevel
 
-from mmunotify.errors import Interrupted, TooManyVmas, WouldBlock
+from mmunotify.errors import Interrupted, ScheduleWhileAtomic, TooManyVmas, WouldBlock
 
 from . import lockdep
 from .rwsem import RWSemaphore
@@ -207,9 +207,16 @@ async def _take(
 
 
 def _release(taken: list[RmapLock]) -> None:
+    """Release the locks, each of them even where lockdep objects to what was done under them."""
+    objection: ScheduleWhileAtomic | None = None
     for lock in reversed(taken):
         lock.taken_by = None
-        lock.up_write()
+        try:
+            lock.up_write()
+        except ScheduleWhileAtomic as error:
+            objection = objection or error
+    if objection is not None:
+        raise objection
 
 
 def _interrupted(taken: int) -> Interrupted:
