@@ -19,7 +19,6 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TextIO
 
 import attrs
-import structlog
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,9 +122,13 @@ class Log:
     nothing below a warning is written before structlog is configured.
     """
 
-    __slots__ = ("_given", "_logger")
+    __slots__ = ("_configured", "_given", "_logger")
 
     def __init__(self, logger: Any | None = None, **keys: object) -> None:
+        # Half of what `import mmunotify` would cost, asyncio and json included.
+        import structlog
+
+        self._configured = structlog.is_configured
         self._given = logger is not None
         self._logger = (structlog.get_logger("mmunotify") if logger is None else logger).bind(
             **keys
@@ -134,7 +137,7 @@ class Log:
     def emit(self, event: str, **keys: object) -> None:
         """Write one event of the catalogue at its level."""
         level = CATALOGUE[event].level
-        if self._given or structlog.is_configured() or _LEVELS[level] >= _LEVELS["warning"]:
+        if self._given or self._configured() or _LEVELS[level] >= _LEVELS["warning"]:
             getattr(self._logger, level)(event, seq=sequence(), ts_ns=time.monotonic_ns(), **keys)
 
 
