@@ -140,14 +140,15 @@ class Audience:
         self.suspending_starts = tuple(map(_suspending, self.start_calls))
         self.suspending_ends = tuple(map(_suspending, self.end_calls))
         if self.suspends:
-            self.starts = self.ends = (self._refuse,)
+            self.starts = self.ends = (self.refuse,)
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
         """Who of this audience has been quarantined: it may still hold stale translations."""
         return tuple(sub for sub in self.subscriptions if sub.failure is not None)
 
-    def _refuse(self, what: object) -> None:
+    def refuse(self, what: object) -> None:
+        """Raise ScheduleWhileAtomic: what the atomic forms call when somebody may suspend."""
         names = ", ".join(
             sub.name for sub in self.subscriptions if isinstance(sub.driver, SleepableDriver)
         )

@@ -30,7 +30,7 @@ from .ranges import Range
 from .watchers import Guard, Tracer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
     from types import FrameType
 
 Failed: TypeAlias = tuple[Subscription[AnyDriver], ...]
@@ -129,14 +129,16 @@ class Dispatch:
         if told is self._audience and told.ends_suspend and not told.concurrent:
             srcu = self.srcu
             index = srcu.read_lock()
-            with CancelScope(shield=True):
-                for end in told.suspending_ends:
-                    try:
-                        await end(rng)
-                    except BaseException as exc:
-                        call = told.end_calls[told.suspending_ends.index(end)]
-                        interrupted = self._raised(call, exc, rng) or interrupted
-            srcu.read_unlock(index)
+            try:
+                with CancelScope(shield=True):
+                    for end in told.suspending_ends:
+                        try:
+                            await end(rng)
+                        except BaseException as exc:
+                            call = told.end_calls[told.suspending_ends.index(end)]
+                            interrupted = self._raised(call, exc, rng) or interrupted
+            finally:
+                srcu.read_unlock(index)
         else:
             interrupted = await self._tell(told.end_calls, rng, concurrent=told.concurrent)
         self._close(told)
@@ -242,7 +244,7 @@ class Dispatch:
         self._enter()
         told = self._audience
         if told.suspends:
-            told.starts[0](one_page(address))  # refuses
+            told.refuse(one_page(address))
         told.open += 1
         interrupted = self._tell_plain(told.page_calls, address)
         self._close(told)
@@ -470,9 +472,10 @@ class Dispatch:
                     interrupted = self._raised(call, exc, what) or interrupted
         return interrupted
 
-    async def _undo_start(self, told: Audience, done: Iterable[Call], rng: Range) -> None:
-        """The section will not be: end it for those whose start has succeeded."""
-        await self._tell(_calls_of(done, told.end_calls), rng, concurrent=told.concurrent)
+    async def _undo_start(self, told: Audience, done: Sequence[Call], rng: Range) -> None:
+        """The section will not be: end it for those whose start has succeeded, marks included."""
+        for calls in (told.end_calls, told.sync_calls):
+            await self._tell(_calls_of(done, calls), rng, concurrent=told.concurrent)
         self._close(told)
 
     def _undo_plain(
