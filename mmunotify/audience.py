@@ -92,6 +92,7 @@ class Audience:
     """Everybody who is told of a section that begins now, newest first; never changed."""
 
     __slots__ = (
+        "call_of",
         "clear_flush_young",
         "clear_young",
         "concurrent",
@@ -139,8 +140,28 @@ class Audience:
         self.ends = tuple(call.callback for call in self.end_calls)
         self.suspending_starts = tuple(map(_suspending, self.start_calls))
         self.suspending_ends = tuple(map(_suspending, self.end_calls))
+        self.call_of = {
+            callback: call
+            for callbacks, calls in (
+                (self.starts, self.start_calls),
+                (self.ends, self.end_calls),
+                (self.suspending_starts, self.start_calls),
+                (self.suspending_ends, self.end_calls),
+            )
+            for callback, call in zip(callbacks, calls, strict=True)
+        }
+        """Which call a callback of the four tuples above is."""
         if self.suspends:
             self.starts = self.ends = (self.refuse,)
+
+    def forget_who_left(self) -> None:
+        """Tell the ends of open sections only to who is still on the list."""
+        call_of = self.call_of
+        self.suspending_ends = tuple(
+            end for end in self.suspending_ends if call_of[end].subscription.hashed
+        )
+        if not self.suspends:
+            self.ends = tuple(end for end in self.ends if call_of[end].subscription.hashed)
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:

@@ -108,9 +108,9 @@ class Dispatch:
                 try:
                     await start(rng)
                 except BaseException as exc:
-                    position = told.suspending_starts.index(start)
-                    if not self._survives(told.start_calls[position], exc, rng):
-                        await self._undo_start(told, told.start_calls[:position], rng)
+                    call = told.call_of[start]
+                    if not self._survives(call, exc, rng):
+                        await self._undo_start(told, _before(call, told.start_calls), rng)
                         raise
         finally:
             srcu.read_unlock(index)
@@ -126,7 +126,7 @@ class Dispatch:
         if not told.suspends:
             return self.invalidate_range_end_atomic(rng, told)
         interrupted: BaseException | None = None
-        if told is self._audience and told.ends_suspend and not told.concurrent:
+        if told.ends_suspend and not told.concurrent:
             srcu = self.srcu
             index = srcu.read_lock()
             try:
@@ -135,8 +135,7 @@ class Dispatch:
                         try:
                             await end(rng)
                         except BaseException as exc:
-                            call = told.end_calls[told.suspending_ends.index(end)]
-                            interrupted = self._raised(call, exc, rng) or interrupted
+                            interrupted = self._raised(told.call_of[end], exc, rng) or interrupted
             finally:
                 srcu.read_unlock(index)
         else:
@@ -169,27 +168,25 @@ class Dispatch:
                 if told.suspends:
                     self._close(told)
                     raise
-                position = told.starts.index(start)
-                if not self._survives(told.start_calls[position], exc, rng):
-                    self._undo_plain(told, told.start_calls[:position], told.end_calls, rng)
+                call = told.call_of[start]
+                if not self._survives(call, exc, rng):
+                    done = _before(call, told.start_calls)
+                    self._undo_plain(told, done, told.end_calls, rng)
                     raise
         return told
 
     def invalidate_range_end_atomic(self, rng: Range, told: Audience) -> Failed:
         """`invalidate_range_end` in one step, legal under spinlocks."""
-        if told is not self._audience:
-            return self._end_from(told, 0, rng)
         for end in told.ends:
             try:
                 end(rng)
             except BaseException as exc:
-                position = told.ends.index(end)
-                interrupted = self._raised(told.end_calls[position], exc, rng)
-                return self._end_from(told, position + 1, rng, interrupted)
+                return self._end_raised(told, told.call_of[end], rng, exc)
         told.open -= 1
-        if told is not self._audience:  # a callback has put its subscription
-            self._drain(told)
-        return ()
+        if told is self._audience:
+            return ()
+        self._drain(told)
+        return told.failed
 
     def invalidate_range_start_nonblock(self, rng: Range) -> Audience:
         """`invalidate_range_start` of a section that must not suspend (the OOM reaper).
@@ -202,16 +199,18 @@ class Dispatch:
         rng.blockable = False
         told = self._audience
         told.open += 1
-        for position, call in enumerate(told.nonblock_calls):
+        for call in told.nonblock_calls:
             try:
                 refused = call.callback(rng) is False
             except BaseException as exc:
                 if self._survives(call, exc, rng):
                     continue
-                self._undo_plain(told, told.nonblock_calls[:position], told.nonblock_ends, rng)
+                done = _before(call, told.nonblock_calls)
+                self._undo_plain(told, done, told.nonblock_ends, rng)
                 raise
             if refused:
-                self._undo_plain(told, told.nonblock_calls[:position], told.nonblock_ends, rng)
+                done = _before(call, told.nonblock_calls)
+                self._undo_plain(told, done, told.nonblock_ends, rng)
                 name = call.subscription.name
                 self._log.emit(
                     log.SECTION_REFUSED,
@@ -319,12 +318,14 @@ class Dispatch:
         return Audience((sub for sub in self._subscriptions if sub.hashed), watchers)
 
     def _replace(self) -> None:
-        """Publish the list as it is now; sections already open keep theirs."""
+        """Publish the list as it is now; sections already open keep theirs, less who has left."""
         old = self._audience
         self._audience = self._listed()
         self.armed = bool(self._audience.subscriptions) or self._tracer is not None
         if old.open:
             self._draining.append(old)
+        for told in self._draining:
+            told.forget_who_left()
 
     def _close(self, told: Audience) -> None:
         told.open -= 1
@@ -484,10 +485,11 @@ class Dispatch:
         self._tell_plain(_calls_of(done, ends), rng)
         self._close(told)
 
-    def _end_from(
-        self, told: Audience, position: int, rng: Range, interrupted: BaseException | None = None
-    ) -> Failed:
-        interrupted = self._tell_plain(told.end_calls[position:], rng) or interrupted
+    def _end_raised(self, told: Audience, call: Call, rng: Range, exc: BaseException) -> Failed:
+        """One plain end has raised: the rest are still told."""
+        interrupted = self._raised(call, exc, rng)
+        rest = told.end_calls[told.end_calls.index(call) + 1 :]
+        interrupted = self._tell_plain(rest, rng) or interrupted
         self._close(told)
         if interrupted is not None:
             raise interrupted
@@ -562,6 +564,10 @@ class Dispatch:
             exc_info=exc,
             **where,
         )
+
+
+def _before(call: Call, calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    return calls[: calls.index(call)]
 
 
 def _calls_of(done: Iterable[Call], calls: tuple[Call, ...]) -> tuple[Call, ...]:
