@@ -46,7 +46,7 @@ class TakeAll(Protocol):
 
     def taking(
         self, locks: Iterable[RmapLock], *, signal_pending: Callable[[], bool] | None = None
-    ) -> AbstractAsyncContextManager[None, None]:
+    ) -> AbstractAsyncContextManager[None]:
         """`async with take_all.taking(locks):`, each distinct lock once, released at the end.
 
         May suspend where a lock is contended, and after every 4 096 rwsems. Raises `Interrupted`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import anyio
 import pytest
@@ -14,6 +14,8 @@ from mmunotify.locks import SRCU
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+
+    from anyio.abc import TaskGroup
 
 pytestmark = pytest.mark.usefixtures("both_forms")
 
@@ -49,10 +51,13 @@ class Waiter:
             self.over = True
 
 
+T = TypeVar("T", Reader, Waiter)
+
+
 class Scene:
     """Starts readers and waiters one after another, each to where it waits."""
 
-    def __init__(self, srcu: SRCU, tasks: Any) -> None:
+    def __init__(self, srcu: SRCU, tasks: TaskGroup) -> None:
         self.srcu = srcu
         self.tasks = tasks
 
@@ -67,7 +72,7 @@ class Scene:
             reader.leave.set()
         await anyio.wait_all_tasks_blocked()
 
-    async def _start(self, one: Any) -> Any:
+    async def _start(self, one: T) -> T:
         self.tasks.start_soon(one)
         await anyio.wait_all_tasks_blocked()
         return one
