@@ -84,7 +84,7 @@ class Range:
 
     def overlaps(self, start: int, end: int) -> bool:
         """Whether this range and [start, end), in bytes, have an address in common."""
-        return self.start < end and start < self.end
+        return self.start < end and start < self.end and start < end
 
 
 def page_down(address: int) -> int:
