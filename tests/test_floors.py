@@ -24,7 +24,7 @@ FLOORS = [
     {"mmunotify"},
     {"model", "linux"},
     {"traces", "inspect", "testing"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
