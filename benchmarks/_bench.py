@@ -1,8 +1,8 @@
 """How benchmarks measure and report: ratios of minima, taken in turns in one process.
 
-A minimum over many rounds is what the code costs when nothing disturbs it; taking turns exposes both
-sides to the same disturbances. What has no peer is counted in calls: one bare bound-method call with
-two arguments, measured in the same run.
+A minimum over many rounds is what the code costs when nothing disturbs it; taking turns exposes
+both sides to the same disturbances. What has no peer is counted in calls: one bare bound-method
+call with two arguments, measured in the same run.
 """
 
 from __future__ import annotations
