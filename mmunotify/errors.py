@@ -31,6 +31,7 @@ MmuNotifyError
 │   ├── ScheduleMismatch (ValueError)  a schedule string that does not fit the scenario
 │   ├── NotExplorable (RuntimeError)   threads, sockets, processes, foreign event loops
 │   └── FaultInjected                  a fault point was told to fail
+├── RecordingError (ValueError)        a file does not hold a recording
 └── PluginError                        a driver plugin cannot be used
     ├── DriverNotFound (LookupError)   nobody installed offers a driver of that name
     ├── DriverConflict                 several distributions offer one name
@@ -175,6 +176,10 @@ class NotExplorable(ExplorerError, RuntimeError):
 
 class FaultInjected(ExplorerError):
     """A fault point failed because the schedule said so."""
+
+
+class RecordingError(MmuNotifyError, ValueError):
+    """A file does not hold the recording that it should."""
 
 
 class PluginError(MmuNotifyError):

@@ -1,0 +1,77 @@
+"""`mmunotify model check`: whether the software model does what a recorded kernel did."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
+from typing import Annotated
+
+import anyio
+from cyclopts import App, Parameter
+from rich import print as rich_print
+from rich.table import Table
+
+from mmunotify.model.check import Excuses, Report, read_recordings, summary
+
+app = App(name="model")
+
+
+@app.command
+def check(
+    *files: Path,
+    json: Annotated[bool, Parameter(negative="")] = False,
+    every: Annotated[bool, Parameter(name="--all", negative="")] = False,
+    only: Annotated[list[str] | None, Parameter(negative="")] = None,
+) -> int:
+    """Replay recorded kernel sequences into the model and compare what it does.
+
+    The exit status is 1 if anything disagrees.
+
+    Parameters
+    ----------
+    files
+        Recordings, as JSON lines; plain or compressed with xz.
+    json
+        Print one JSON object per file, and no disagreements.
+    every
+        Show every disagreement, not just the first of each sequence: those that follow may be
+        its consequences.
+    only
+        Show only disagreements of this kind of operation ("mremap", "madvise pageout", "exit") or
+        in this field ("ev"); may be repeated.
+    """
+    excuses = Excuses.load()
+    reports: list[Report] = []
+    for file in files:
+        report = anyio.run(_check_file, file, excuses)
+        reports.append(report)
+        if json:
+            print(jsonlib.dumps(report.counts()), flush=True)
+            continue
+        for line in report.differences(every=every, only=frozenset(only or ())):
+            print(line)
+        print(_headline(report), flush=True)
+    agrees = all(report.agrees for report in reports)
+    if not json and not agrees:
+        header, *rows = summary(reports)
+        table = Table(*header, box=None)
+        for row in rows:
+            table.add_row(*row)
+        rich_print(table)
+    return 0 if agrees else 1
+
+
+async def _check_file(file: Path, excuses: Excuses) -> Report:
+    report = Report(file)
+    for sequence in read_recordings(file):
+        await report.check(sequence, excuses)
+    return report
+
+
+def _headline(report: Report) -> str:
+    excused = f" ({report.excused} excused)" if report.excused else ""
+    return (
+        f"{report.file}: agree {report.sequences_agree}/{report.sequences} sequences, "
+        f"{report.operations_agree}/{report.operations} operations{excused}, "
+        f"{report.announcements_agree}/{report.announcements} announcements"
+    )
