@@ -12,7 +12,10 @@ from mmunotify.errors import RecordingError
 from mmunotify.model.check import Excuses, Report, read_recordings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from mmunotify.model.check import Sequence
 
 OPS: list[dict[str, Any]] = [
     {"op": "mmap", "at": 0, "n": 4},
@@ -56,13 +59,20 @@ def recorded() -> dict[str, Any]:
     return {"id": "s", "ops": OPS, "results": results, "exit_ev": []}
 
 
-async def report_on(path: Path, record: dict[str, Any], excuses: str = "") -> Report:
+def write_recording(path: Path, record: dict[str, Any]) -> Iterator[Sequence]:
     path.write_text(json.dumps(record) + "\n")
-    toml = path.with_suffix(".toml")
-    toml.write_text(excuses)
+    return read_recordings(path)
+
+
+def load_excuses(path: Path, text: str) -> Excuses:
+    path.write_text(text)
+    return Excuses.load(path)
+
+
+async def report_on(path: Path, record: dict[str, Any], excuses: str = "") -> Report:
     report = Report(path)
-    for sequence in read_recordings(path):
-        await report.check(sequence, Excuses.load(toml))
+    for sequence in write_recording(path, record):
+        await report.check(sequence, load_excuses(path.with_suffix(".toml"), excuses))
     return report
 
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mmunotify import AtomicDriver, Range
-from mmunotify.errors import BadAddress
-from mmunotify.ranges import PAGE_SHIFT
-
+from ...drivers import AtomicDriver
+from ...errors import BadAddress
+from ...ranges import PAGE_SHIFT, Range
 from .observe import BASE, group
 
 if TYPE_CHECKING:
-    from mmunotify.model.mm import AddressSpace
-    from mmunotify.primary import Translation
+    from ...primary import Translation
+    from ..mm import AddressSpace
 
 
 class Guest(AtomicDriver):

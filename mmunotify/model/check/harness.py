@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, Final
 
-from mmunotify.errors import BadAddress, MmError
-from mmunotify.model import Machine
-from mmunotify.model.flags import (
+from ...errors import BadAddress, MmError
+from ...ranges import PAGE_SHIFT, PAGE_SIZE
+from ..flags import (
     FAULT_KERNEL,
     FAULT_PRESENT,
     FAULT_WRITE,
@@ -31,8 +31,7 @@ from mmunotify.model.flags import (
     PROT_READ,
     PROT_WRITE,
 )
-from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
-
+from ..machine import Machine
 from .guest import Guest
 from .observe import BASE, Announcement, Outcome, Recorder, look
 
@@ -40,9 +39,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from mmunotify.model.filemap import File
-    from mmunotify.model.mm import AddressSpace
-
+    from ..filemap import File
+    from ..mm import AddressSpace
     from .recordings import Json, Operation, Sequence
 
 FRAMES: Final = 1 << 17

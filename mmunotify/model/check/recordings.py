@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
-from mmunotify.errors import RecordingError
+from ...errors import RecordingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
