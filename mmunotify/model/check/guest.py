@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...drivers import AtomicDriver
-from ...errors import BadAddress
-from ...ranges import PAGE_SHIFT, Range
+from mmunotify.drivers import AtomicDriver
+from mmunotify.errors import BadAddress
+from mmunotify.ranges import PAGE_SHIFT, Range
+
 from .observe import BASE, group
 
 if TYPE_CHECKING:
-    from ...primary import Translation
-    from ..mm import AddressSpace
+    from mmunotify.model.mm import AddressSpace
+    from mmunotify.primary import Translation
 
 
 class Guest(AtomicDriver):

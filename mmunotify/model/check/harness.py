@@ -9,9 +9,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import BadAddress, MmError
-from ...ranges import PAGE_SHIFT, PAGE_SIZE
-from ..flags import (
+from mmunotify.errors import BadAddress, MmError
+from mmunotify.model.flags import (
     FAULT_KERNEL,
     FAULT_PRESENT,
     FAULT_WRITE,
@@ -31,7 +30,9 @@ from ..flags import (
     PROT_READ,
     PROT_WRITE,
 )
-from ..machine import Machine
+from mmunotify.model.machine import Machine
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
+
 from .guest import Guest
 from .observe import BASE, Announcement, Outcome, Recorder, look
 
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from ..filemap import File
-    from ..mm import AddressSpace
+    from mmunotify.model.filemap import File
+    from mmunotify.model.mm import AddressSpace
+
     from .recordings import Json, Operation, Sequence
 
 FRAMES: Final = 1 << 17

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
-from ...drivers import AtomicDriver
-from ...ranges import PAGE_SHIFT, Range
+from mmunotify.drivers import AtomicDriver
+from mmunotify.ranges import PAGE_SHIFT, Range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..mm import AddressSpace
+    from mmunotify.model.mm import AddressSpace
 
 BASE: Final = 0x1000_0000_0000
 """Where the area of every recording begins, in bytes."""

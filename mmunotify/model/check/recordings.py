@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
-from ...errors import RecordingError
+from mmunotify.errors import RecordingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
