@@ -62,7 +62,9 @@ class Guest(AtomicDriver):
                 values.append("MMIO")
                 continue
             try:
-                values.append(mm.read(await self._map(mm, page + self._slot, False), 0, 1)[0])
+                values.append(
+                    mm.primary.read(await self._map(mm, page + self._slot, False), 0, 1)[0]
+                )
             except BadAddress:
                 values.append("EFAULT")
         return values
@@ -81,7 +83,7 @@ class Guest(AtomicDriver):
             except BadAddress:
                 bad.append([page, "EFAULT"])
                 continue
-            mm.write(translation, 0, bytes([value]))
+            mm.primary.write(translation, 0, bytes([value]))
             if self._dirty is not None:
                 self._dirty.add(page)
         return bad
@@ -91,13 +93,13 @@ class Guest(AtomicDriver):
         if translation is not None and (not write or page in self._writable):
             return translation
         start, end = _span(page)
-        translation = await mm.fault_in(start, write=write)
+        translation = await mm.primary.fault_in(start, write=write)
         self._shadow[page] = translation
         if translation.writable and (write or self._dirty is None):
             self._writable.add(page)
-        mm.mark_young(start, end)
+        mm.primary.mark_young(start, end)
         if page in self._writable:
-            mm.set_dirty(start, end)
+            mm.primary.set_dirty(start, end)
         return translation
 
 

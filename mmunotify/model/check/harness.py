@@ -16,6 +16,7 @@ from mmunotify.model.flags import (
     FAULT_WRITE,
     MAP_ANONYMOUS,
     MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
     MAP_GROWSDOWN,
     MAP_HUGETLB,
     MAP_LOCKED,
@@ -171,7 +172,8 @@ class Harness:
     # ------------------------------------------------------------------ mappings
 
     async def _do_mmap(self, mm: AddressSpace[Any], a: Json) -> int:
-        flags = MAP_FIXED | (MAP_SHARED if a.get("share") == "shared" else MAP_PRIVATE)
+        flags = MAP_FIXED_NOREPLACE if a.get("noreplace") else MAP_FIXED
+        flags |= MAP_SHARED if a.get("share") == "shared" else MAP_PRIVATE
         for name, flag in MAP_FLAGS.items():
             if a.get(name):
                 flags |= flag
