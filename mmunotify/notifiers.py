@@ -341,6 +341,7 @@ class Notifiers(Dispatch, Generic[L]):
             except BaseException:
                 # Sections that it was told of may be open: it leaves as any registered driver.
                 await self._retire(sub, math.inf)
+                self._free(sub)
                 raise
         self._log.emit(log.DRIVER_REGISTERED, driver=sub.name)
         return sub
