@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def own_state() -> Iterator[None]:
-    """Each test has a lock order of its own, and finds structlog as the library may not leave it."""
+    """Each test has a lock order of its own, and leaves structlog unconfigured."""
     lockdep.reset()
     yield
     lockdep.reset()
