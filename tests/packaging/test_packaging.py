@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -152,12 +153,18 @@ def test_plugins_are_released_in_step(name: str) -> None:
 
 # ------------------------------------------------------------------ without extras
 
+# Rooms above the core, whose own libraries are not there.
+NEED_EXTRAS = tuple(
+    f"mmunotify.{room}." for room in ("cli", "inspect", "linux", "model", "testing", "traces")
+)
+
 
 def test_the_core_passes_its_tests_without_extras(bare: Environment) -> None:
     """The installed wheel, with nothing but its dependencies and pytest."""
     for path in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / path, bare.home)
-    shutil.copytree(ROOT / "tests" / "core", bare.home / "tests" / "core", dirs_exist_ok=True)
+    for folder in ("tests/core", "tests/support"):
+        shutil.copytree(ROOT / folder, bare.home / folder)
     where = bare.run("-c", "import mmunotify; print(mmunotify.__file__)")
     assert Path(where).is_relative_to(bare.home / "venv")
     bare.run("-m", "pytest", "-q", "-m", "not long", "tests/core")
@@ -169,6 +176,31 @@ def test_importing_the_core_stays_light(bare: Environment) -> None:
     imported = {line.rpartition("|")[2].strip() for line in report.splitlines()}
     assert "mmunotify.notifiers" in imported
     assert not imported & {"numpy", "trio", "rich", "importlib.metadata"}
+
+
+def test_the_public_interface_of_the_core_is_typed(bare: Environment) -> None:
+    """Nothing that a user of the installed wheel can reach is unknown to a type checker."""
+    # It looks for the package in the first Python on the path, whatever it is told.
+    path = f"{bare.python.parent}{os.pathsep}{CLEAN['PATH']}"
+    command = (sys.executable, "-m", "basedpyright", "--verifytypes", "mmunotify")
+    options = ("--ignoreexternal", "--outputjson")
+    done = subprocess.run(
+        [*command, *options],
+        cwd=bare.home,
+        env=CLEAN | {"PATH": path},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    symbols = json.loads(done.stdout)["typeCompleteness"]["symbols"]
+    core = [symbol for symbol in symbols if not symbol["name"].startswith(NEED_EXTRAS)]
+    assert "mmunotify.notifiers.Notifiers.register" in {symbol["name"] for symbol in core}
+    unknown = {
+        symbol["name"]
+        for symbol in core
+        if not symbol["isTypeKnown"] and not symbol["isTypeAmbiguous"]
+    }
+    assert unknown == set()
 
 
 def test_the_command_says_how_to_get_its_libraries(bare: Environment) -> None:
