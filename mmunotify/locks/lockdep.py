@@ -16,7 +16,6 @@ end of an edge, because entering one never waits.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import itertools
 import os
@@ -33,7 +32,8 @@ import attrs
 from mmunotify.errors import LockNotHeld, LockOrderViolation, LockRecursion, ScheduleWhileAtomic
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import asyncio
+    from collections.abc import Generator, Iterator
     from types import FrameType
 
 enabled: bool = False
@@ -53,7 +53,7 @@ def disable() -> None:
 
 
 @contextmanager
-def checking(on: bool = True) -> Iterator[None]:
+def checking(on: bool = True) -> Generator[None]:
     """`with lockdep.checking():` locks made inside are checked (with `on=False`: are plain)."""
     global enabled
     before, enabled = enabled, on
@@ -218,12 +218,15 @@ _tasks: Final[dict[object, _Task]] = {}
 
 def _identity() -> object:
     """The running task of whatever event loop this is; the thread where there is none."""
-    try:
-        task: object = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    if task is not None:
-        return task
+    # An event loop that runs has been imported; one that has not need not be.
+    aio = sys.modules.get("asyncio")
+    if aio is not None:
+        try:
+            task: object = aio.current_task()
+        except RuntimeError:
+            task = None
+        if task is not None:
+            return task
     trio = sys.modules.get("trio")
     if trio is not None:
         try:
@@ -237,7 +240,7 @@ def _identity() -> object:
 
 
 def _name(identity: object) -> str:
-    if isinstance(identity, asyncio.Task):
+    if hasattr(identity, "get_name"):
         return f"task {identity.get_name()!r}"
     if isinstance(identity, threading.Thread):
         return f"thread {identity.name!r}"
@@ -450,7 +453,7 @@ class _NonBlock:
 
 
 @contextmanager
-def non_block(name: str = "non-blockable section") -> Iterator[None]:
+def non_block(name: str = "non-blockable section") -> Generator[None]:
     """A section in which nothing may suspend although no spinlock is held (the OOM reaper).
 
     Source: non_block_start() and non_block_end(), include/linux/kernel.h.
@@ -467,7 +470,7 @@ def non_block(name: str = "non-blockable section") -> Iterator[None]:
 
 
 @contextmanager
-def nest(outer: LockLike | None = None) -> Iterator[None]:
+def nest(outer: LockLike | None = None) -> Generator[None]:
     """Several locks of one class may be taken inside, in any order, because `outer` is held.
 
     Source: down_write_nest_lock(), include/linux/rwsem.h.
@@ -526,8 +529,9 @@ def after_step(coroutine: object = None) -> None:
 
 
 def _coroutine(identity: object) -> object:
-    if isinstance(identity, asyncio.Task):
-        return identity.get_coro()
+    if hasattr(identity, "get_coro"):
+        coroutine: object = identity.get_coro()
+        return coroutine
     return getattr(identity, "coro", None)
 
 
@@ -542,11 +546,9 @@ _watched_loops: Final[weakref.WeakSet[asyncio.AbstractEventLoop]] = weakref.Weak
 
 def _watch() -> None:
     """Have `after_step` called when the task that runs now is suspended."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        pass
-    else:
+    aio = sys.modules.get("asyncio")
+    loop = aio._get_running_loop() if aio is not None else None
+    if loop is not None:
         # Ready callbacks run in order, so one that is queued now runs before this task's next step.
         if loop not in _watched_loops:
             _watched_loops.add(loop)
