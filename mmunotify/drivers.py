@@ -220,6 +220,14 @@ def kind_of(driver_class: type[Driver]) -> type[AnyDriver]:
     return kinds[0]
 
 
+def check_driver(driver: AnyDriver) -> None:
+    """Raise DriverError like `check_driver_class`, also for callbacks set on the instance."""
+    check_driver_class(type(driver))
+    kind = kind_of(type(driver))
+    for name in CALLBACKS[kind] & vars(driver).keys():
+        _check_colour(kind, type(driver), name, vars(driver)[name])
+
+
 def check_driver_class(driver_class: type[Driver]) -> None:
     """Raise DriverError if a callback has the wrong colour or a name that nobody calls.
 
@@ -229,13 +237,7 @@ def check_driver_class(driver_class: type[Driver]) -> None:
         return
     kind = kind_of(driver_class)
     for name in CALLBACKS[kind]:
-        due = inspect.iscoroutinefunction(getattr(kind, name))
-        if inspect.iscoroutinefunction(getattr(driver_class, name)) != due:
-            raise WrongColour(
-                f"{driver_class.__qualname__}.{name}: expected "
-                f"{'a coroutine function (async def)' if due else 'a plain function (def)'}, "
-                f"because {driver_class.__qualname__} is a {kind.__name__}"
-            )
+        _check_colour(kind, driver_class, name, getattr(driver_class, name))
     for name in dir(driver_class):
         if name.startswith("_") or name in CALLBACKS[kind]:
             continue
@@ -255,6 +257,18 @@ def check_driver_class(driver_class: type[Driver]) -> None:
                 f"did you mean {close[0]}?"
             )
     _checked.add(driver_class)
+
+
+def _check_colour(
+    kind: type[AnyDriver], driver_class: type[Driver], name: str, callback: object
+) -> None:
+    due = inspect.iscoroutinefunction(getattr(kind, name))
+    if inspect.iscoroutinefunction(callback) != due:
+        raise WrongColour(
+            f"{driver_class.__qualname__}.{name}: expected "
+            f"{'a coroutine function (async def)' if due else 'a plain function (def)'}, "
+            f"because {driver_class.__qualname__} is a {kind.__name__}"
+        )
 
 
 _checked: Final[WeakSet[type[Driver]]] = WeakSet()

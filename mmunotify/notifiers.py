@@ -31,7 +31,7 @@ from .drivers import (
     DeferredDriver,
     Driver,
     SleepableDriver,
-    check_driver_class,
+    check_driver,
 )
 from .errors import (
     AddressSpaceExited,
@@ -369,7 +369,7 @@ class Notifiers(Dispatch, Generic[L]):
 
     def _publish(self, driver: AnyDriver) -> Subscription[AnyDriver]:
         """Check a driver, attach it and put it on the list; in one step, or not at all."""
-        check_driver_class(type(driver))
+        check_driver(driver)
         if isinstance(driver, SleepableDriver) and not self.locks.sleepable:
             raise WrongColour(
                 f"{type(driver).__qualname__} is a SleepableDriver: expected an AtomicDriver or a "
