@@ -10,6 +10,7 @@ every section that did not know the newest subscriber is over, which is what `re
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of
@@ -179,7 +180,7 @@ class Audience:
 
     def _calls(self, *names: str) -> tuple[Call, ...]:
         return tuple(
-            Call(sub, getattr(sub.driver, name), suspends, name)
+            Call(sub, _own(sub.driver, name), suspends, name)
             for sub in self.subscriptions
             for name, suspends in _overridden(sub.driver, names)
         )
@@ -208,6 +209,14 @@ class Audience:
             ):
                 calls.append(Call(sub, getattr(sub.driver, name), False, name))
         return tuple(starts), tuple(ends)
+
+
+def _own(driver: AnyDriver, name: str) -> Callable[..., Any]:
+    """A driver's callback as an object of its own, also when drivers share a function."""
+    callback = getattr(driver, name)
+    if getattr(callback, "__self__", None) is driver:
+        return callback  # type: ignore[no-any-return]
+    return partial(callback)
 
 
 def _suspending(call: Call) -> Callable[..., Awaitable[object]]:
