@@ -20,7 +20,7 @@ FLOORS = [
     {"_version", "errors", "ranges", "log"},
     {"locks"},
     {"drivers", "primary", "audience", "dispatch", "sections", "watchers"}
-    | {"notifiers", "intervals", "plugins"},
+    | {"notifiers", "interval_tree", "intervals", "plugins"},
     {"mmunotify"},
     {"model", "linux"},
     {"traces", "inspect", "testing"},
