@@ -29,9 +29,7 @@ class Lock:
         if checks is not None:
             checks._checked = cls
 
-    def __new__(
-        cls, name: str = "", *, lock_class: str | None = None, order: int | None = None
-    ) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make the checked form if lockdep is on."""
         if lockdep.enabled and cls._checked is not None:
             return cast("Self", object.__new__(cls._checked))
@@ -59,7 +57,7 @@ class Ready(Coroutine[Any, Any, None]):
 
     __slots__ = ()
 
-    __await__ = cast("Callable[[Ready], Generator[Any, Any, None]]", staticmethod(().__iter__))
+    __await__: Callable[..., Generator[Any, Any, None]] = cast("Any", staticmethod(().__iter__))
 
     def send(self, value: Any) -> None:  # noqa: D102
         raise StopIteration
@@ -72,3 +70,6 @@ class Ready(Coroutine[Any, Any, None]):
 
 
 READY: Final = Ready()
+
+Awaited = Any
+"""What a guard's `__aenter__` returns: type checkers disagree on the type that `async def` has."""

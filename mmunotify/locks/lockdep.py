@@ -17,6 +17,7 @@ end of an edge, because entering one never waits.
 from __future__ import annotations
 
 import gc
+import inspect
 import itertools
 import os
 import re
@@ -126,7 +127,7 @@ def _place(frame: FrameType) -> Place:
 
 def _callers() -> Places:
     places: list[Place] = []
-    frame: FrameType | None = sys._getframe(1)
+    frame = inspect.currentframe()
     while frame is not None and len(places) < _DEPTH:
         kind = _kind(frame)
         if kind == "user":
@@ -218,35 +219,33 @@ _tasks: Final[dict[object, _Task]] = {}
 
 def _identity() -> object:
     """The running task of whatever event loop this is; the thread where there is none."""
-    # An event loop that runs has been imported; one that has not need not be.
-    aio = sys.modules.get("asyncio")
-    if aio is not None:
-        try:
-            task: object = aio.current_task()
-        except RuntimeError:
-            task = None
+    # An event loop that runs has been imported, and the others need not be.
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    try:
+        task: object = asyncio and asyncio.current_task()
         if task is not None:
             return task
-    trio = sys.modules.get("trio")
-    if trio is not None:
-        try:
+    except RuntimeError:
+        pass
+    try:
+        if trio is not None:
             return trio.lowlevel.current_task()
-        except RuntimeError:
-            pass
+    except RuntimeError:
+        pass
     try:
         return ("anyio task", anyio.get_current_task().id)
     except RuntimeError:
         return threading.current_thread()
 
 
-def _name(identity: object) -> str:
+def _name(identity: Any) -> str:
     if hasattr(identity, "get_name"):
         return f"task {identity.get_name()!r}"
     if isinstance(identity, threading.Thread):
         return f"thread {identity.name!r}"
     if isinstance(identity, tuple):
         return f"task {anyio.get_current_task().name!r}"
-    return f"task {getattr(identity, 'name', identity)!r}"
+    return f"task {identity.name!r}"
 
 
 def _current() -> _Task:
@@ -381,7 +380,7 @@ def acquired(lock: LockLike, mode: str, *, atomic: bool = False) -> HeldLock:
     held = records[lock] = HeldLock(lock, mode, task.name, _callers(), task, atomic)
     if atomic:
         task.atomic[held] = None
-        _watch()
+        _watch(task.identity)
     return held
 
 
@@ -396,7 +395,7 @@ def holder(lock: LockLike) -> HeldLock | None:
     own = find(lock)
     if own is not None:
         return own
-    records = (task.held.get(lock.lock_class, {}).get(lock) for task in _tasks.values())
+    records = (task.held.get(lock.lock_class, {}).get(lock) for task in tuple(_tasks.values()))
     return next((held for held in records if held is not None), None)
 
 
@@ -521,18 +520,16 @@ def after_step(coroutine: object = None) -> None:
     if not _tasks:
         return
     thread = threading.get_ident()
-    for task in _tasks.values():
+    for task in tuple(_tasks.values()):  # Other threads add theirs meanwhile.
         if task.atomic and task.thread == thread:
             for held in task.atomic:
                 if held.suspended_at is None:
                     held.suspended_at = _suspended_at(coroutine or _coroutine(task.identity))
 
 
-def _coroutine(identity: object) -> object:
-    if hasattr(identity, "get_coro"):
-        coroutine: object = identity.get_coro()
-        return coroutine
-    return getattr(identity, "coro", None)
+def _coroutine(identity: Any) -> Any:
+    """The coroutine of a task: asyncio's has a method for it, trio's an attribute."""
+    return identity.get_coro() if hasattr(identity, "get_coro") else getattr(identity, "coro", None)
 
 
 class _TrioInstrument:
@@ -544,18 +541,15 @@ _trio_instrument: Final = _TrioInstrument()
 _watched_loops: Final[weakref.WeakSet[asyncio.AbstractEventLoop]] = weakref.WeakSet()
 
 
-def _watch() -> None:
-    """Have `after_step` called when the task that runs now is suspended."""
-    aio = sys.modules.get("asyncio")
-    loop = aio._get_running_loop() if aio is not None else None
-    if loop is not None:
+def _watch(identity: Any) -> None:
+    """Have `after_step` called when the current task, which this is, is suspended."""
+    if hasattr(identity, "get_loop"):
         # Ready callbacks run in order, so one that is queued now runs before this task's next step.
+        loop = identity.get_loop()
         if loop not in _watched_loops:
             _watched_loops.add(loop)
             loop.call_soon(_asyncio_watch, loop)
-        return
-    trio = sys.modules.get("trio")
-    if trio is not None:
+    elif (trio := sys.modules.get("trio")) is not None:
         with suppress(RuntimeError):
             trio.lowlevel.add_instrument(_trio_instrument)
 

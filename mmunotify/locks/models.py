@@ -34,48 +34,62 @@ class RmapLock(Protocol):
     @property
     def sleepable(self) -> bool:
         """Whether the held part may suspend."""
+        ...
 
     @property
     def locked(self) -> bool:
         """Whether somebody holds it, in either mode."""
+        ...
 
     @property
     def is_contended(self) -> bool:
         """Whether somebody waits."""
+        ...
 
     @property
     def needbreak(self) -> bool:
         """Whether somebody waits whom holding on keeps out."""
+        ...
 
     def reading(self) -> AbstractAsyncContextManager[None, None]:
         """Held for reading inside `async with`."""
+        ...
 
     def writing(self) -> AbstractAsyncContextManager[None, None]:
         """Held for writing inside `async with`."""
+        ...
 
     async def down_read(self) -> None:
         """Take it for reading."""
+        ...
 
     async def down_write(self) -> None:
         """Take it for writing."""
+        ...
 
     def down_read_trylock(self) -> bool:
         """Take it for reading if that needs no waiting; whether it was taken."""
+        ...
 
     def down_write_trylock(self) -> bool:
         """Take it for writing if that needs no waiting; whether it was taken."""
+        ...
 
     def up_read(self) -> None:
         """A reader lets go."""
+        ...
 
     def up_write(self) -> None:
         """The writer lets go."""
+        ...
 
     def downgrade_write(self) -> None:
         """The writer becomes a reader."""
+        ...
 
     def statistics(self) -> RWSemaphoreStatistics | SpinLockStatistics:
         """A snapshot for debugging."""
+        ...
 
 
 class LockModel(ABC):

@@ -7,10 +7,13 @@ releases gives the lock to the first waiter, and to the readers directly behind 
 Neither readers nor writers can starve, and nobody is woken in vain.
 """
 
+# The checked forms are reached through Lock.__new__, and guards are part of their lock.
+# pyright: reportUnusedClass=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import attrs
@@ -18,10 +21,10 @@ import attrs
 from mmunotify.errors import LockNotHeld
 
 from . import lockdep
-from .base import READY, Lock, next_address
+from .base import READY, Awaited, Lock, next_address
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
 _WRITER: Final = 1
@@ -91,11 +94,11 @@ class RWSemaphore(Lock):
         state = " writer" if found.writer else f" readers={found.readers}" if found.readers else ""
         return f"<RWSemaphore {self.name!r}{state}{' contended' * self.is_contended}>"
 
-    def reading(self) -> _Reading:
+    def reading(self) -> AbstractAsyncContextManager[None, None]:
         """`async with sem.reading():`, shared with other readers; may suspend."""
         return self._reading
 
-    def writing(self) -> _Writing:
+    def writing(self) -> AbstractAsyncContextManager[None, None]:
         """`async with sem.writing():`, alone; may suspend."""
         return self._writing
 
@@ -236,7 +239,7 @@ class _Reading:
     def __init__(self, sem: RWSemaphore) -> None:
         self._sem = sem
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         sem = self._sem
         count = sem._count
         if count & (_WRITER | _WAITERS):
@@ -249,7 +252,7 @@ class _Reading:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, None]:
+    ) -> Awaited:
         self._sem.up_read()
         return READY
 
@@ -265,7 +268,7 @@ class _Writing:
     def __init__(self, sem: RWSemaphore) -> None:
         self._sem = sem
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         sem = self._sem
         if sem._count:
             return sem._wait(write=True)
@@ -277,7 +280,7 @@ class _Writing:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, None]:
+    ) -> Awaited:
         sem = self._sem
         if sem._count & _WRITER:
             sem.up_write()
@@ -336,12 +339,12 @@ class _CheckedRWSemaphore(RWSemaphore, checks=RWSemaphore):
 class _CheckedReading(_Reading):
     __slots__ = ()
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         return self._sem.down_read()
 
 
 class _CheckedWriting(_Writing):
     __slots__ = ()
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         return self._sem.down_write()

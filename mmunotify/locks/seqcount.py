@@ -1,5 +1,8 @@
 """A sequence count: readers that do not lock, and look whether a writer was there meanwhile."""
 
+# The checked forms are reached through Lock.__new__, and guards are part of their lock.
+# pyright: reportUnusedClass=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

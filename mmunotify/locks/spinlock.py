@@ -4,19 +4,22 @@ In one thread nobody else can run between `with lock:` and its end unless the he
 What a kernel would spin on for ever is therefore raised at once, as `SpinlockHeld`.
 """
 
+# The checked forms are reached through Lock.__new__, and guards are part of their lock.
+# pyright: reportUnusedClass=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
 from mmunotify.errors import LockNotHeld, SpinlockHeld
 
 from . import lockdep
-from .base import READY, Lock, next_address
+from .base import READY, Awaited, Lock, next_address
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from contextlib import AbstractAsyncContextManager
     from types import TracebackType
 
 
@@ -123,11 +126,11 @@ class SpinRWLock(Lock):
     def __repr__(self) -> str:
         return f"<SpinRWLock {self.name!r}{' locked' * self.locked}>"
 
-    def reading(self) -> _SpinGuard:
+    def reading(self) -> AbstractAsyncContextManager[None, None]:
         """`async with lock.reading():`, exclusive as writing is; never suspends."""
         return self._guard
 
-    def writing(self) -> _SpinGuard:
+    def writing(self) -> AbstractAsyncContextManager[None, None]:
         """`async with lock.writing():`; never suspends."""
         return self._guard
 
@@ -187,7 +190,7 @@ class _SpinGuard:
     def __init__(self, lock: SpinRWLock) -> None:
         self._lock = lock
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         lock = self._lock
         if lock.locked:
             raise _found_held(lock)
@@ -199,7 +202,7 @@ class _SpinGuard:
         exc_type: type[BaseException] | None,
         exc: BaseException | None,
         traceback: TracebackType | None,
-    ) -> Coroutine[Any, Any, None]:
+    ) -> Awaited:
         self._lock.up_write()
         return READY
 
@@ -236,5 +239,5 @@ class _CheckedSpinRWLock(SpinRWLock, checks=SpinRWLock):
 class _CheckedSpinGuard(_SpinGuard):
     __slots__ = ()
 
-    def __aenter__(self) -> Coroutine[Any, Any, None]:
+    def __aenter__(self) -> Awaited:
         return self._lock.down_write()

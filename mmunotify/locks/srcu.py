@@ -7,6 +7,9 @@ over when the generations up to it are gone, so it waits for the readers of its 
 other. Synchronizers between whom no reader came share a generation, and its event.
 """
 
+# The checked forms are reached through Lock.__new__, and guards are part of their lock.
+# pyright: reportUnusedClass=false, reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections import deque
@@ -47,7 +50,7 @@ class _Generation:
 
     index: int
     readers: int
-    callbacks: deque[Callable[[], object]] = attrs.Factory(deque)
+    callbacks: deque[Callable[[], object]] = attrs.Factory(lambda: deque["Callable[[], object]"]())
     over: anyio.Event | None = None
 
 

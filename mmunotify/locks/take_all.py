@@ -29,7 +29,7 @@ from . import lockdep
 from .rwsem import RWSemaphore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncGenerator, Callable, Iterable
     from contextlib import AbstractAsyncContextManager
 
     from .models import RmapLock
@@ -72,7 +72,7 @@ class SortedArray:
     @asynccontextmanager
     async def taking(
         self, locks: Iterable[RmapLock], *, signal_pending: Callable[[], bool] | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncGenerator[None]:
         """See `TakeAll.taking`. Raises `TooManyVmas` before any lock is taken."""
         arrays: dict[str, list[RmapLock]] = {}
         for lock in locks:
@@ -114,7 +114,7 @@ class Flagged:
     @asynccontextmanager
     async def taking(
         self, locks: Iterable[RmapLock], *, signal_pending: Callable[[], bool] | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncGenerator[None]:
         """See `TakeAll.taking`. Waits for another address space that is doing the same."""
         async with self.mutex.writing():
             taken: list[RmapLock] = []
@@ -143,7 +143,7 @@ class StopMachine:
     @asynccontextmanager
     async def taking(
         self, locks: Iterable[RmapLock], *, signal_pending: Callable[[], bool] | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncGenerator[None]:
         """See `TakeAll.taking`; never suspends. Raises `WouldBlock`."""
         if signal_pending is not None and signal_pending():
             raise _interrupted(0)
@@ -169,7 +169,7 @@ class MmBarrier:
     @asynccontextmanager
     async def taking(
         self, locks: Iterable[RmapLock], *, signal_pending: Callable[[], bool] | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncGenerator[None]:
         """See `TakeAll.taking`; inside, nothing is held."""
         trylock = not lockdep.enabled
         for number, lock in enumerate(dict.fromkeys(locks), 1):
@@ -202,7 +202,7 @@ async def _take(
                 await lock.down_write()
             taken.append(lock)
             lock.taken_by = mark
-        if len(batch) == _BATCH and lock.sleepable:
+        if len(batch) == _BATCH and batch[0].sleepable:
             await anyio.lowlevel.checkpoint()
 
 
