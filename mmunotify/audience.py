@@ -10,14 +10,14 @@ every section that did not know the newest subscriber is over, which is what `re
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of
 from .errors import ScheduleWhileAtomic
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
     import anyio
 
@@ -267,7 +267,12 @@ _PLAIN: Final = frozenset(
 
 def distribution_of(module: str) -> str | None:
     """Which installed distribution a driver's module came with, to name it when it fails."""
+    return next(iter(_distributions().get(module.partition(".")[0], ())), None)
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
     # Slow (it reads every distribution's file list), and never needed unless something failed.
     from importlib.metadata import packages_distributions
 
-    return next(iter(packages_distributions().get(module.partition(".")[0], ())), None)
+    return packages_distributions()
