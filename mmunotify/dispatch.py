@@ -64,10 +64,8 @@ class Dispatch:
         failed.
         """
         interrupted: BaseException | None = None
-        told = self._audience
-        if not (told.suspends or told.sync_calls):
-            return self.invalidate_range_end_atomic(rng, self.invalidate_range_start_atomic(rng))
         self._enter()
+        told = self._audience
         told.open += 1
         for calls in (told.start_calls, told.end_calls, told.sync_calls):
             if calls:
@@ -81,10 +79,20 @@ class Dispatch:
     def invalidate_atomic(self, rng: Range) -> Audience:
         """Start and end at once under the page table lock, for ptes that are gone already.
 
-        Hand what it returns to `invalidate_range_sync` if it has `sync_calls`.
+        Hand what it returns to `invalidate_range_sync` if it has `sync_calls`. Whatever interrupts
+        one driver, the others are told: the change cannot be undone. Raises ScheduleWhileAtomic if
+        a driver is there that can only be told by a coroutine.
         """
-        told = self.invalidate_range_start_atomic(rng)
-        self.invalidate_range_end_atomic(rng, told)
+        self._enter()
+        told = self._audience
+        if told.suspends:
+            told.refuse(rng)
+        told.open += 1
+        interrupted = self._tell_plain(told.start_calls, rng)
+        interrupted = self._tell_plain(told.end_calls, rng) or interrupted
+        self._close(told)
+        if interrupted is not None:
+            raise interrupted
         return told
 
     async def invalidate_range_start(self, rng: Range) -> Audience:
