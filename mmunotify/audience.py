@@ -39,6 +39,7 @@ class Subscription(Generic[D_co]):
         "release_begun",
         "release_done",
         "release_waiter",
+        "settled",
         "users",
     )
 
@@ -54,6 +55,8 @@ class Subscription(Generic[D_co]):
         """What the callback raised for which the driver is quarantined: told nothing any more."""
         self.users = 0
         """References taken by `get`; 0 for a subscription made by `register`."""
+        self.settled = False
+        """Every section that began without it is over: its driver may translate."""
         self.release_begun = False
         self.release_done = False
         self.release_waiter: anyio.Event | None = None
@@ -97,6 +100,7 @@ class Audience:
         "clear_flush_young",
         "clear_young",
         "concurrent",
+        "distrusted",
         "end_calls",
         "ends",
         "ends_suspend",
@@ -120,6 +124,8 @@ class Audience:
         self.subscriptions = tuple(subscriptions)
         self.open = 0
         """Sections (and ageing walks) that have begun with this audience and not ended."""
+        self.distrusted: frozenset[Subscription[AnyDriver]] = frozenset()
+        """Who goes on although a part of it failed while sections of this audience were open."""
         self.start_calls = self._calls("invalidate_range_start", "invalidate_range")
         self.end_calls = self._calls("invalidate_range_end")
         self.sync_calls = self._calls("invalidate_range_sync")
@@ -166,8 +172,10 @@ class Audience:
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
-        """Who of this audience has been quarantined: it may still hold stale translations."""
-        return tuple(sub for sub in self.subscriptions if sub.failure is not None)
+        """Who of this audience failed, as a whole or in part: it may hold stale translations."""
+        return tuple(
+            sub for sub in self.subscriptions if sub.failure is not None or sub in self.distrusted
+        )
 
     def refuse(self, what: object) -> None:
         """Raise ScheduleWhileAtomic: what the atomic forms call when somebody may suspend."""

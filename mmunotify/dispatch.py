@@ -66,6 +66,7 @@ class Dispatch:
         interrupted: BaseException | None = None
         self._enter()
         told = self._audience
+        rng.cancellable = False
         told.open += 1
         for calls in (told.start_calls, told.end_calls, told.sync_calls):
             if calls:
@@ -304,6 +305,41 @@ class Dispatch:
         self._tracer = None if emit is None else Tracer(self.name, emit)
         self._replace()
 
+    # ------------------------------------------------------------------ drivers that pass it on
+
+    def refuse_in_callback(self, what: str) -> None:
+        """Raise CalledFromCallback if this task is inside a callback of our SRCU domain.
+
+        For whoever is about to wait for callbacks, and would wait for itself; `what` names it.
+        """
+        for found in self._callbacks_of(_calling_frames()):
+            raise CalledFromCallback(
+                f"{what} at {self.name} inside {found}: it would wait for the callback to return; "
+                "put is allowed there, or use a task of your own"
+            )
+
+    def distrust(self, subscription: Subscription[AnyDriver]) -> None:
+        """Have every section that is open now name `subscription` in its `failed`.
+
+        For a driver that passes callbacks on, when a part of it may hold stale translations: it
+        goes on for the others, but pages must be leaked.
+        """
+        for told in (self._audience, *self._draining):
+            told.distrusted |= {subscription}
+        self._replace()
+
+    def part_failed(
+        self,
+        subscription: Subscription[AnyDriver],
+        part: object,
+        callback: str,
+        error: BaseException,
+        rng: Range,
+    ) -> None:
+        """`distrust`, and say in the log which part's callback raised what, over which range."""
+        self.distrust(subscription)
+        self._log_failure(type(part), callback, error, rng)
+
     # ------------------------------------------------------------------ inside: who is told
 
     def _enter(self) -> None:
@@ -382,14 +418,6 @@ class Dispatch:
             variable = CALLING.get(frame.f_code)
             if variable is not None and frame.f_locals["self"].srcu is self.srcu:
                 yield getattr(frame.f_locals.get(variable), "__qualname__", frame.f_code.co_name)
-
-    def _refuse_in_callback(self, what: str) -> None:
-        """Raise if this task is inside a callback of our SRCU domain: it would wait for itself."""
-        for found in self._callbacks_of(_calling_frames()):
-            raise CalledFromCallback(
-                f"{what} at {self.name} inside {found}: it would wait for the callback to return; "
-                "put is allowed there, or use a task of your own"
-            )
 
     # ------------------------------------------------------------------ inside: telling
 
@@ -536,8 +564,10 @@ class Dispatch:
         """A callback raised in what must go on: quarantine it; what is to be raised afterwards."""
         if call.name == WATCHER:
             return exc
-        self._quarantine(call, exc, what)
-        return None if isinstance(exc, Exception) else exc
+        interruption = None if isinstance(exc, Exception) else exc
+        if interruption is None or not call.subscription.driver.passes_on:
+            self._quarantine(call, exc, what)
+        return interruption
 
     def _quarantine(self, call: Call, exc: BaseException, what: Range | int) -> None:
         sub = call.subscription
@@ -554,7 +584,11 @@ class Dispatch:
         what: Range | int | None,
     ) -> None:
         sub.failure = exc
-        module = type(sub.driver).__module__
+        self._log_failure(type(sub.driver), callback, exc, what)
+
+    def _log_failure(
+        self, failed: type, callback: str, exc: BaseException, what: Range | int | None
+    ) -> None:
         where = (
             {"start": what.start, "end": what.end}
             if isinstance(what, Range)
@@ -564,9 +598,9 @@ class Dispatch:
         )
         self._log.emit(
             log.DRIVER_FAILED,
-            driver=sub.name,
-            module=module,
-            distribution=distribution_of(module),
+            driver=failed.__qualname__,
+            module=failed.__module__,
+            distribution=distribution_of(failed.__module__),
             callback=callback,
             error=repr(exc),
             exc_info=exc,

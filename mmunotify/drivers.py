@@ -39,6 +39,13 @@ class Driver:
     """The name of the address space that the instance is or was registered at."""
     precedes: ClassVar[bool] = False
     """Told before every driver that does not precede, whenever it was registered."""
+    passes_on: ClassVar[bool] = False
+    """Passes its callbacks on to parts of its own, which its users have got it for (`get`).
+
+    The exit calls its `release` and leaves it on the list until it is put. A cancellation that
+    interrupts a part is the part's failure: the driver tells the others before it raises it, and is
+    not quarantined for it.
+    """
     concurrent: ClassVar[bool] = False
     """Opt in to being awaited at the same time as other drivers that opt in.
 
@@ -105,14 +112,15 @@ class Driver:
 class AtomicDriver(Driver):
     """A driver whose invalidations are plain functions: legal under spinlocks."""
 
-    def invalidate_range_start(self, rng: Range) -> None:
+    def invalidate_range_start(self, rng: Range) -> bool | None:
         """Drop every translation inside `rng` and make no new one there until the end.
 
         Called before the first pte changes; all pages are still mapped and referenced. The caller
         holds mmap_lock and/or rmap locks, never the page table lock except when zaps are batched by
         page or by 512 ptes. A driver that takes no page reference must be clean when this returns
         (I-FREE): pages may be freed before the end is called. Ranges of one address space overlap
-        and nest: count them. `rng.blockable` may be False; an atomic driver need not care.
+        and nest: count them. `rng.blockable` may be False, and an atomic driver need not care; only
+        then may it answer False, which is -EAGAIN: nothing has changed, and no end will come.
         """
 
     def invalidate_range_end(self, rng: Range) -> None:

@@ -173,7 +173,7 @@ class Notifiers(Dispatch, Generic[L]):
                 f"{subscription!r}: expected a subscription made by register of {self.name}, "
                 "not yet unregistered"
             )
-        self._refuse_in_callback("unregister")
+        self.refuse_in_callback("unregister")
         subscription.over = True
         await self._retire(subscription, grace)
         self._free(subscription)
@@ -207,8 +207,8 @@ class Notifiers(Dispatch, Generic[L]):
         """The address space's one shared instance of `driver_type`, made and registered if need be.
 
         Each `get` is given back by one `put`. `factory` makes the instance (by default
-        `driver_type()`). May suspend like `register` and raises what it raises. Source:
-        mmu_notifier_get.
+        `driver_type()`). The first may suspend like `register`, and raises what it raises; when
+        that has returned, the others take no lock and do not suspend. Source: mmu_notifier_get.
         """
         return await self._get(driver_type, factory, self._quiesce)
 
@@ -266,7 +266,8 @@ class Notifiers(Dispatch, Generic[L]):
             for sub in leaving:
                 interrupted = await self._release_one(sub, scope) or interrupted
             for sub in leaving:
-                self._unhash(sub)
+                if not sub.driver.passes_on:
+                    self._unhash(sub)
             interrupted = await self._grace_period("exit", scope) or interrupted
         self._log.emit(
             log.ADDRESS_SPACE_RELEASED,
@@ -333,7 +334,7 @@ class Notifiers(Dispatch, Generic[L]):
         quiesce: Callable[[], AbstractAsyncContextManager[object]] | None,
     ) -> Subscription[AnyDriver]:
         self._enter()
-        self._refuse_in_callback("register")
+        self.refuse_in_callback("register")
         async with quiesce() if quiesce is not None else contextlib.nullcontext():
             sub = self._publish(driver)
             try:
@@ -343,6 +344,7 @@ class Notifiers(Dispatch, Generic[L]):
                 await self._retire(sub, math.inf)
                 self._free(sub)
                 raise
+            sub.settled = True
         self._log.emit(log.DRIVER_REGISTERED, driver=sub.name)
         return sub
 
@@ -353,7 +355,11 @@ class Notifiers(Dispatch, Generic[L]):
         quiesce: Callable[[], AbstractAsyncContextManager[object]] | None,
     ) -> Subscription[AnyDriver]:
         self._enter()
-        self._refuse_in_callback("get")
+        self.refuse_in_callback("get")
+        sub = self._shared.get(driver_type)
+        if sub is not None and sub.settled:
+            sub.users += 1
+            return sub
         async with quiesce() if quiesce is not None else contextlib.nullcontext():
             sub = self._shared.get(driver_type)
             if sub is None:
@@ -365,6 +371,7 @@ class Notifiers(Dispatch, Generic[L]):
             except BaseException:
                 self.put(sub)
                 raise
+            sub.settled = True
         return sub
 
     def _publish(self, driver: AnyDriver) -> Subscription[AnyDriver]:
@@ -445,7 +452,8 @@ class Notifiers(Dispatch, Generic[L]):
         try:
             await release()
         except BaseException as exc:
-            self._failed(sub, "release", exc, None)
+            if isinstance(exc, Exception) or not sub.driver.passes_on:
+                self._failed(sub, "release", exc, None)
             if scope.cancel_called:
                 raise
             return None if isinstance(exc, Exception) else exc

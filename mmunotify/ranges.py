@@ -44,14 +44,15 @@ class Event(enum.IntEnum):
 class Range:
     """What one notification speaks of: [start, end) in bytes, and why.
 
-    `blockable` is False inside a section that must not suspend (the OOM reaper); the notifiers
-    set it, whoever makes a range does not. `owner` is meaningful only for MIGRATE, EXCLUSIVE and
+    `blockable` is False inside a section that must not suspend (the OOM reaper), `cancellable` is
+    False when the start cannot be undone because the ptes have changed already; the notifiers
+    set both, whoever makes a range does not. `owner` is meaningful only for MIGRATE, EXCLUSIVE and
     a CLEAR that undoes them. A range belongs to the section that was opened with it and is not
     changed by drivers. `span` identifies the section in a trace, 0 when nobody traces. Source:
     struct mmu_notifier_range.
     """
 
-    __slots__ = ("blockable", "end", "event", "owner", "span", "start")
+    __slots__ = ("blockable", "cancellable", "end", "event", "owner", "span", "start")
 
     def __init__(
         self, start: int, end: int, event: Event = Event.UNMAP, *, owner: object = None
@@ -64,6 +65,7 @@ class Range:
         self.end = end
         self.event = event
         self.blockable = True
+        self.cancellable = True
         self.owner = owner
         self.span = 0
 
