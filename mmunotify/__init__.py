@@ -18,6 +18,7 @@ from .drivers import SleepableDriver as SleepableDriver
 from .errors import AddressSpaceExited as AddressSpaceExited
 from .errors import AlreadyRegistered as AlreadyRegistered
 from .errors import BadAddress as BadAddress
+from .errors import BrokenInvalidate as BrokenInvalidate
 from .errors import CallbackHung as CallbackHung
 from .errors import CalledFromCallback as CalledFromCallback
 from .errors import DriverConfigError as DriverConfigError
@@ -41,6 +42,10 @@ from .errors import StaleTranslation as StaleTranslation
 from .errors import UnknownCallback as UnknownCallback
 from .errors import WouldBlock as WouldBlock
 from .errors import WrongColour as WrongColour
+from .intervals import AtomicInterval as AtomicInterval
+from .intervals import IntervalNotifier as IntervalNotifier
+from .intervals import IntervalStatistics as IntervalStatistics
+from .intervals import SleepableInterval as SleepableInterval
 from .locks import SRCU as SRCU
 from .locks import LockModel as LockModel
 from .locks import RWSemaphore as RWSemaphore

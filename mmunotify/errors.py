@@ -18,9 +18,10 @@ MmuNotifyError
 │   └── ForeignThread                  called from a thread that is not the event loop's
 ├── DriverError (TypeError)            a driver class that breaks the callback contract
 │   ├── WrongColour                    a coroutine where a plain function is due, or the reverse
-│   └── UnknownCallback                a callback that nobody would ever call
+│   ├── UnknownCallback                a callback that nobody would ever call
+│   └── BrokenInvalidate               an interval's invalidate that did not do what it must
 ├── WouldBlock (BlockingIOError)       -EAGAIN: a non-blockable section met who must sleep
-├── Interrupted (InterruptedError)     -EINTR: cancelled while taking many locks
+├── Interrupted (InterruptedError)     -EINTR: a signal came while taking many locks
 ├── TooManyVmas                        -ENOMEM: more VMAs than the cap on taking all their locks
 ├── ExplorerError                      what the interleaving explorer has to say
 │   ├── ExplorationFailed (AssertionError)  a schedule was found that fails
@@ -122,6 +123,10 @@ class UnknownCallback(DriverError):
     """A driver defines what looks like a callback, but nobody would ever call it."""
 
 
+class BrokenInvalidate(DriverError):
+    """An interval's `invalidate` refused where nobody may, or did not call `set_seq`."""
+
+
 class BadAddress(MmuNotifyError, OSError):
     """-EFAULT: the access is one for which the process itself would get a signal."""
 
@@ -135,7 +140,7 @@ class WouldBlock(MmuNotifyError, BlockingIOError):
 
 
 class Interrupted(MmuNotifyError, InterruptedError):
-    """-EINTR: cancelled while taking many locks; none of them is held."""
+    """-EINTR: a signal came while many locks were being taken; none of them is held."""
 
 
 class TooManyVmas(MmuNotifyError):
