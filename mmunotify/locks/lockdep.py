@@ -196,7 +196,10 @@ class HeldLock:
     """Set when the event loop ran although it is atomic: where its holder was suspended."""
 
     def __str__(self) -> str:
-        return f"{self.lock.name} ({self.mode}), taken by {self.task} at {_at(self.places)}"
+        text = f"{self.lock.name} ({self.mode}), taken by {self.task} at {_at(self.places)}"
+        if self.suspended_at is not None:
+            text += f"\n  whose task was suspended at {_at(self.suspended_at)}"
+        return text
 
 
 class _Task:
@@ -266,22 +269,19 @@ def _settle(task: _Task) -> None:
 
 
 class _Edge(NamedTuple):
-    """`taken` was taken while `held` was held."""
+    """Somebody who held a lock of one class called for one of another."""
 
+    held_class: str
     task: str
     held: str
-    held_class: str
     held_at: Places
-    taken: str
-    taken_class: str
-    taken_at: Places
+    call: str
+    called_at: Places
 
     def __str__(self) -> str:
         return (
-            f"  {self.task} held {self.held} [{self.held_class}]\n"
-            f"      taken at {_at(self.held_at)}\n"
-            f"    and took {self.taken} [{self.taken_class}]\n"
-            f"      at {_at(self.taken_at)}"
+            f"  {self.task} held {self.held}, taken at {_at(self.held_at)}\n"
+            f"    and called {self.call} at {_at(self.called_at)}"
         )
 
 
@@ -312,16 +312,18 @@ def _path(start: str, goal: str) -> list[_Edge] | None:
     return None
 
 
-def _add_edge(held: HeldLock, lock: LockLike, task: _Task) -> None:
+def _add_edge(held: HeldLock, lock: LockLike, what: str) -> None:
     before, after = held.lock.lock_class, lock.lock_class
     if after in _graph.get(before, ()):
         return
-    edge = _Edge(task.name, held.lock.name, before, held.places, lock.name, after, _callers())
+    edge = _Edge(
+        before, held.task, f"{held.lock.name} ({held.mode})", held.places, what, _callers()
+    )
     path = _path(after, before)
     if path is not None:
         classes = " -> ".join((before, *(step.held_class for step in path), before))
         raise LockOrderViolation(
-            f"the order {classes} can deadlock; each of these can wait for the next:\n"
+            f"the order {classes} can deadlock, each of these can wait for the next:\n"
             + "\n".join(map(str, (edge, *path)))
         )
     _graph.setdefault(before, {})[after] = edge
@@ -366,7 +368,7 @@ def acquire(lock: LockLike, what: str, *, sleeps: bool) -> None:
         if lock_class == lock.lock_class:
             _check_same_class(task, lock, what)
         else:
-            _add_edge(next(reversed(records.values())), lock, task)
+            _add_edge(next(reversed(records.values())), lock, what)
 
 
 def acquired(lock: LockLike, mode: str, *, atomic: bool = False) -> HeldLock:
@@ -418,10 +420,7 @@ def released(lock: LockLike) -> None:
     task.atomic.pop(held, None)
     _settle(task)
     if held.suspended_at is not None:
-        raise ScheduleWhileAtomic(
-            f"scheduling while atomic: {held}\n"
-            f"  was still held when its task was suspended at {_at(held.suspended_at)}"
-        )
+        raise ScheduleWhileAtomic(f"scheduling while atomic: the event loop ran under {held}")
 
 
 # Sleeping in atomic context ---------------------------------------------------------------------
@@ -517,14 +516,28 @@ def after_step(coroutine: object = None) -> None:
     with the task's coroutine, in which the line is looked up. Whoever leaves such a section gets
     `ScheduleWhileAtomic`.
     """
-    if not _tasks:
-        return
-    thread = threading.get_ident()
     for task in tuple(_tasks.values()):  # Other threads add theirs meanwhile.
-        if task.atomic and task.thread == thread:
-            for held in task.atomic:
-                if held.suspended_at is None:
-                    held.suspended_at = _suspended_at(coroutine or _coroutine(task.identity))
+        for held in task.atomic:
+            _note_suspension(held, coroutine)
+
+
+def _note_suspension(held: HeldLock, coroutine: Any = None) -> None:
+    """Write down where the holder is suspended, unless it runs: in another thread, or beneath us.
+
+    A task can run beneath another that it started eagerly.
+    """
+    coroutine = coroutine or _coroutine(held.owner.identity)
+    running = getattr(coroutine, "cr_running", False)
+    if held.suspended_at is None and held.owner.thread == threading.get_ident() and not running:
+        held.suspended_at = _suspended_at(coroutine)
+
+
+def found_held(lock: LockLike) -> HeldLock | None:
+    """Whose hold it is that a spinlock was found with; None when that is not known."""
+    held = holder(lock)
+    if held is not None and held is not find(lock):
+        _note_suspension(held)
+    return held
 
 
 def _coroutine(identity: Any) -> Any:

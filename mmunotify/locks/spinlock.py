@@ -93,10 +93,10 @@ class _CheckedSpinLock(SpinLock, checks=SpinLock):
 
 
 def _found_held(lock: SpinLock | SpinRWLock) -> SpinlockHeld:
-    held = lockdep.holder(lock)
+    held = lockdep.found_held(lock)
     if held is None:
         return SpinlockHeld(f"spinlock {lock.name} is held: its holder suspended, or took it twice")
-    return SpinlockHeld(f"spinlock {lock.name} is held: {held}")
+    return SpinlockHeld(f"spinlock is held: {held}")
 
 
 class SpinRWLock(Lock):

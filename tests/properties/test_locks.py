@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import anyio
@@ -183,7 +184,7 @@ def test_the_rwsem_is_the_queue_that_it_says_it_is(
     way: Callable[[Callable[[Spawn], Awaitable[None]]], Awaitable[None]],
     script: list[tuple[str, *tuple[int, ...]]],
 ) -> None:
-    anyio.run(way, lambda spawn: play(script, spawn), backend=backend)
+    anyio.run(way, partial(play, script), backend=backend)
 
 
 # SRCU -------------------------------------------------------------------------------------------
