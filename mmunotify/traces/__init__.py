@@ -1,0 +1,1 @@
+"""Recordings of real programs: read them, and replay them into the software model."""
