@@ -14,6 +14,9 @@ ifdef PYTHON
 # pyenv runs a version that is not activated only when it is named.
 BASE := $(shell PYENV_VERSION=$(patsubst python3.%,3.%,$(filter python3.%,$(PYTHON))) \
     $(PYTHON) -c 'import sys; print(sys.executable)')
+ifeq ($(BASE),)
+$(error PYTHON=$(PYTHON) does not run)
+endif
 VENV := .venv-$(shell $(BASE) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 else
 BASE := python3
@@ -52,6 +55,7 @@ clean:
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
+	@echo "Installing into $(VENV)"
 	@$(BASE) -m venv $(VENV)
 	@$(PIP) 'pip>=25.1'
 	@touch $@
