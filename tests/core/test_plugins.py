@@ -285,7 +285,7 @@ def test_quarantine_is_logged(install: Installer) -> None:
     [
         ((1, 1), "pip install --upgrade mmunotify$"),
         ((2, 0), "pip install --upgrade mmunotify$"),
-        ((0, 9), "pip install --upgrade for-testing$"),
+        ((0, 0), "pip install --upgrade for-testing$"),
     ],
 )
 def test_handshake_refuses_what_the_core_does_not_speak(api: tuple[int, int], hint: str) -> None:
