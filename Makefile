@@ -51,7 +51,8 @@ types: $(VENV)/.test
 	@$(RUN) -m mypy
 
 clean:
-	rm -rf .venv .venv-* build dist plugins/*/dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist plugins/*/dist .hypothesis .mypy_cache .pytest_cache \
+	    .ruff_cache quickstart.ndjson
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.created:
