@@ -165,7 +165,7 @@ class RWSemaphore(Lock):
     @property
     def locked(self) -> bool:
         """Whether somebody holds it, in either mode."""
-        return self._count & ~_WAITERS != 0
+        return self._count != 0
 
     @property
     def is_contended(self) -> bool:

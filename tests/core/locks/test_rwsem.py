@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 
 from mmunotify.errors import LockNotHeld
-from mmunotify.locks import RWSemaphore
+from mmunotify.locks import RWSemaphore, lockdep
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from anyio.abc import TaskGroup
 
 pytestmark = pytest.mark.usefixtures("both_forms")
@@ -166,6 +166,26 @@ def test_uncontended_it_needs_no_event_loop(sem: RWSemaphore) -> None:
 def test_guards_are_shared(sem: RWSemaphore) -> None:
     assert sem.reading() is sem.reading()
     assert sem.writing() is sem.writing()
+
+
+async def test_a_guard_is_an_ordinary_async_context_manager(sem: RWSemaphore) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(sem.reading())
+        assert sem.statistics().readers == 1
+    assert not sem.locked
+
+
+def test_what_entering_returns_is_a_coroutine_that_is_done() -> None:
+    with lockdep.checking(False):
+        sem = RWSemaphore("mmap_lock")
+    done = sem.reading().__aenter__()
+    assert isinstance(done, Coroutine)
+    with pytest.raises(StopIteration):
+        done.send(None)
+    with pytest.raises(ZeroDivisionError):
+        done.throw(ZeroDivisionError())
+    done.close()
+    sem.up_read()
 
 
 async def test_an_exception_inside_releases_it(sem: RWSemaphore) -> None:

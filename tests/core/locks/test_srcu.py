@@ -167,6 +167,18 @@ def test_an_index_that_nobody_holds(srcu: SRCU) -> None:
     assert srcu.readers == 0
 
 
+def test_an_index_that_was_given_back_while_an_older_reader_stays(srcu: SRCU) -> None:
+    old = srcu.read_lock()
+    srcu.call(lambda: None)
+    young = srcu.read_lock()
+    srcu.call(lambda: None)
+    srcu.read_unlock(young)
+    with pytest.raises(LockNotHeld, match="index 1"):
+        srcu.read_unlock(young)
+    srcu.read_unlock(old)
+    assert srcu.statistics().grace_periods == 0
+
+
 async def test_an_exception_inside_leaves_the_section(srcu: SRCU) -> None:
     with pytest.raises(ZeroDivisionError), srcu.reading():
         raise ZeroDivisionError
