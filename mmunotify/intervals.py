@@ -79,9 +79,9 @@ class IntervalNotifier:
     """First byte; `insert` sets it."""
     end: int = 0
     """One past the last byte; `insert` sets it."""
-    lock: lockdep.LockLike | None = None
-    """The owner's lock, which `invalidate` takes. When it is given here, lockdep checks that it is
-    held where it must be."""
+    lock: Any = None
+    """The owner's lock, which `invalidate` takes: a SpinLock, an RWSemaphore, what it likes. When
+    one of ours is given here, lockdep checks that it is held where it must be."""
     failure: BaseException | None = None
     """What `invalidate` raised, if it did: the interval is quarantined. It is told nothing any more
     but the RELEASE at exit, and until it is removed sections over it name its colour's tree in
