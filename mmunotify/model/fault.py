@@ -1,0 +1,421 @@
+"""Page faults: anonymous, file, copy on write, swap-in.
+
+`handle_mm_fault` is called with mmap_lock held for reading, or under the per-VMA lock, which here is
+"until the next await": what needs no waiting is done by plain functions, which answer RETRY when
+they would have to wait. Pages are page numbers.
+
+Source: mm/memory.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from mmunotify.ranges import PAGE_SHIFT, Event, Range
+from . import flags as f
+from . import frames as fr
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .vma import Vma
+
+RETRY: Final = -1
+_FAULT_AROUND: Final = 16
+_NEW_ANON: Final = (
+    fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
+)
+_NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
+_DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
+_NEW_WRITABLE: Final = _DIRTY_YOUNG | f.PTE_RW
+
+
+async def handle_mm_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+    """Make one access possible; returns VM_FAULT_ bits. May suspend and announce (COW)."""
+    machine = mm.machine
+    while True:
+        result = fault_nowait(mm, vma, page, flags)
+        if result != RETRY:
+            return result
+        mm.pt.pmd_alloc(page >> 18)
+        entry = mm.pt.get(page)
+        if not entry or entry == f.MARKER_UFFD_WP:
+            if vma.anonymous:
+                if vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING and not entry:
+                    if not await vma.uffd.handle(mm, page, flags):
+                        return f.VM_FAULT_SIGBUS
+                    return 0
+                if flags & f.FAULT_WRITE and vma.anon_vma is None:
+                    await mm.anon_vma_prepare(vma)
+                await machine.balance()
+                continue
+            return await _do_fault(mm, vma, page, flags)
+        if not entry & f.PTE_PRESENT:
+            kind = entry & f.SWP_TYPE_MASK
+            if kind == f.SWP_SWAP:
+                return await _do_swap_page(mm, vma, page, flags, entry)
+            if kind == f.SWP_MIGRATION:
+                await machine.wait_migration((entry & f.PFN_MASK) >> PAGE_SHIFT)
+                return 0
+            return f.VM_FAULT_SIGSEGV
+        if vma.uffd is not None and entry & f.PTE_UFFD_WP and not vma.uffd.async_wp:
+            if flags & f.FAULT_WRITE:
+                if not await vma.uffd.handle(mm, page, flags):
+                    return f.VM_FAULT_SIGBUS
+                return 0
+        return await _do_wp_page(mm, vma, page, flags, entry)
+
+
+def fault_nowait(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+    """What a fault can do without suspending: anonymous pages, reuse, pages that came back."""
+    leaf = mm.pt.leaves.get(page >> 9)
+    entry = leaf.pte[page & 511] if leaf is not None else 0
+    if not entry:
+        if vma.file is not None or (vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING):
+            return RETRY
+        if leaf is None:
+            if mm.pt.huge and page >> 9 in mm.pt.huge:
+                return _huge_nowait(mm, page, flags)
+            if mm.thp_wanted(vma, page) and mm.fault_huge(vma, page, flags):
+                return 0
+            leaf = mm.pt.leaf_of(page)
+        if not flags & f.FAULT_WRITE:
+            leaf.pte[page & 511] = mm.machine.zero_entry | vma.prot
+            return 0
+        if vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma):
+            return RETRY
+        machine = mm.machine
+        if machine.frames.free <= machine.low:
+            return RETRY
+        frames = machine.frames
+        frame = frames.alloc()
+        # vma.anon_vma is set: anon_vma_prepare_nowait has said so.
+        owner = vma.anon_vma.number  # type: ignore[union-attr]
+        frames.word[frame] |= _NEW_ANON_LRU
+        frames.rmap[frame] = owner << fr.OWNER_SHIFT | (page - vma.first + vma.pgoff)
+        machine.lru.append(frame)
+        if vma.flags & f.VM_LOCKED:
+            machine.mlock(frame)
+        prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
+        leaf.pte[page & 511] = frame << PAGE_SHIFT | prot
+        return 0
+    if not entry & f.PTE_PRESENT:
+        return RETRY
+    assert leaf is not None
+    if not flags & (f.FAULT_WRITE | f.FAULT_UNSHARE) or entry & f.PTE_RW:
+        young = _DIRTY_YOUNG if flags & f.FAULT_WRITE else f.PTE_ACCESSED
+        leaf.pte[page & 511] = entry | young
+        return 0
+    if entry & f.PTE_UFFD_WP:
+        if vma.uffd is None or not vma.uffd.async_wp or flags & f.FAULT_UNSHARE:
+            return RETRY
+        entry &= ~f.PTE_UFFD_WP
+        leaf.pte[page & 511] = entry
+    if vma.flags & f.VM_SHARED or entry & f.PTE_SPECIAL:
+        return RETRY
+    if not can_reuse(mm, (entry & f.PFN_MASK) >> PAGE_SHIFT):
+        return RETRY
+    if not flags & f.FAULT_UNSHARE:
+        writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
+        leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
+    return 0
+
+
+def _huge_nowait(mm: AddressSpace, page: int, flags: int) -> int:
+    index = page >> 9
+    entry = mm.pt.huge[index]
+    if not flags & (f.FAULT_WRITE | f.FAULT_UNSHARE) or entry & f.PTE_RW:
+        mm.pt.huge[index] = entry | (
+            _DIRTY_YOUNG if flags & f.FAULT_WRITE else f.PTE_ACCESSED
+        )
+        return 0
+    return RETRY
+
+
+def can_reuse(mm: AddressSpace, frame: int) -> bool:
+    """Whether the only mapping of an anonymous page may write to it without a copy.
+
+    Decided by the refcount: whoever else holds a reference (swap cache, a pin, another process)
+    makes it a copy. Source: wp_can_reuse_anon_folio.
+    """
+    words = mm.machine.frames.word
+    word = words[frame]
+    if not word & fr.PG_ANON:
+        return False
+    if word & fr.PG_EXCLUSIVE:
+        return True
+    if word & (fr.PG_KSM | fr.PG_HUGE):
+        return bool(word & fr.PG_HUGE and word & fr.COUNTS_MASK == fr.MAPPED_ONCE) and (
+            _reuse_huge(mm, frame)
+        )
+    refs = word & fr.REF_MASK
+    if word & fr.PG_SWAPCACHE:
+        if refs != 2 or not mm.machine.swap.try_free(frame):
+            return False
+    elif refs != 1:
+        return False
+    words[frame] |= fr.PG_EXCLUSIVE
+    return True
+
+
+def _reuse_huge(mm: AddressSpace, frame: int) -> bool:
+    """A page of a large folio is reused only if nobody else maps any page of the folio."""
+    frames = mm.machine.frames
+    head = frame & ~511
+    counts = (frames.words[head : head + 512] & fr.MAP_MASK) >> fr.MAP_SHIFT
+    if (counts > 1).any():
+        return False
+    frames.word[frame] |= fr.PG_EXCLUSIVE
+    return True
+
+
+# ---------------------------------------------------------------------- copy on write
+
+
+async def _do_wp_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: int) -> int:
+    if page >> 9 in mm.pt.huge:
+        return await mm.wp_huge(vma, page, flags)
+    if vma.flags & f.VM_SHARED and not entry & f.PTE_SPECIAL:
+        # wp_page_shared: page_mkwrite, then the page is dirty.
+        frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+        mm.set_pte(page, (entry & ~f.PTE_UFFD_WP) | _NEW_WRITABLE)
+        mm.machine.frames.word[frame] |= fr.PG_DIRTY
+        return 0
+    return await wp_page_copy(mm, vma, page, entry)
+
+
+async def wp_page_copy(mm: AddressSpace, vma: Vma, page: int, entry: int) -> int:
+    """Give the process its own copy of a page that others have too.
+
+    The new entry becomes visible after the old one is flushed and before E; the old page is
+    released after it (I-COW).
+    """
+    machine = mm.machine
+    frames = machine.frames
+    if vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma):
+        await mm.anon_vma_prepare(vma)
+    zero = bool(entry & f.PTE_SPECIAL)
+    old = (entry & f.PFN_MASK) >> PAGE_SHIFT
+    if not zero:
+        frames.get(old)
+    new = await machine.alloc_frame()
+    if not zero:
+        frames.copy(old, new)
+    notifiers = mm.notifiers
+    failed: object = ()
+    try:
+        if notifiers.armed:
+            rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
+            told = await notifiers.invalidate_range_start(rng)
+            try:
+                done = _install_copy(mm, vma, page, entry, old, new, zero)
+            finally:
+                failed = await notifiers.invalidate_range_end(rng, told)
+            if told.sync_calls:
+                failed = await notifiers.invalidate_range_sync(rng, told)
+        else:
+            done = _install_copy(mm, vma, page, entry, old, new, zero)
+    except BaseException:
+        if not zero:
+            frames.put(old)
+        raise
+    if not done:
+        frames.give_back(new)
+    if not zero:
+        if failed:
+            frames.leaked += 1
+        else:
+            machine.put_page(old)
+        if done and not failed:
+            machine.put_page(old)
+    return 0
+
+
+def _install_copy(
+    mm: AddressSpace, vma: Vma, page: int, entry: int, old: int, new: int, zero: bool
+) -> bool:
+    """The PT step of a copy; False if the entry is no longer what was copied."""
+    leaf = mm.pt.leaves.get(page >> 9)
+    if leaf is None or leaf.pte[page & 511] != entry:
+        return False
+    leaf.pte[page & 511] = 0
+    mm.flush_tlb(page, page + 1)
+    mm.add_new_anon(vma, page, new)
+    prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
+    leaf.pte[page & 511] = new << PAGE_SHIFT | prot
+    if not zero:
+        mm.machine.remove_rmap(old)
+    return True
+
+
+# ---------------------------------------------------------------------- files
+
+
+async def _do_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+    file = vma.file
+    assert file is not None
+    index = page - vma.first + vma.pgoff
+    machine = mm.machine
+    if not flags & f.FAULT_WRITE and (
+        vma.uffd is None and index < file.page_end and _fault_around(mm, vma, page)
+    ):
+        return 0
+    if index >= file.page_end:
+        return f.VM_FAULT_SIGBUS
+    frame, read = await file.page(index)
+    major = f.VM_FAULT_MAJOR if read else 0
+    frames = machine.frames
+    frames.word[frame] &= ~fr.PG_READAHEAD
+    if flags & f.FAULT_WRITE and not vma.flags & f.VM_SHARED:
+        frames.get(frame)
+        try:
+            if vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma):
+                await mm.anon_vma_prepare(vma)
+            new = await machine.alloc_frame()
+            frames.copy(frame, new)
+        finally:
+            machine.put_page(frame)
+        leaf = mm.pt.leaf_of(page)
+        if leaf.pte[page & 511] not in (0, f.MARKER_UFFD_WP):
+            frames.give_back(new)
+            return major
+        mm.add_new_anon(vma, page, new)
+        prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
+        leaf.pte[page & 511] = new << PAGE_SHIFT | prot
+        return major
+    leaf = mm.pt.leaf_of(page)
+    if leaf.pte[page & 511] in (0, f.MARKER_UFFD_WP):
+        prot = vma.prot
+        if flags & f.FAULT_WRITE:
+            prot |= _NEW_WRITABLE
+            frames.word[frame] |= fr.PG_DIRTY
+        elif leaf.pte[page & 511]:
+            prot = prot & ~f.PTE_RW | f.PTE_UFFD_WP
+        _map_file_page(mm, vma, leaf.pte, page, frame, prot)
+    return major
+
+
+def _map_file_page(
+    mm: AddressSpace, vma: Vma, pte: memoryview, page: int, frame: int, prot: int
+) -> None:
+    mm.machine.frames.word[frame] += fr.MAPPED_ONCE
+    if vma.flags & f.VM_LOCKED:
+        mm.machine.mlock(frame)
+    pte[page & 511] = frame << PAGE_SHIFT | prot
+
+
+def _fault_around(mm: AddressSpace, vma: Vma, page: int) -> bool:
+    """Map the cached pages of the 16 around a read fault; whether the page itself was one.
+
+    Bounded by the VMA, the end of the file and the page table. Source: do_fault_around.
+    """
+    file = vma.file
+    assert file is not None
+    at = page & 511
+    inside = page - vma.first
+    low = max(at & ~(_FAULT_AROUND - 1), at - min(at, inside))
+    high = min(low + _FAULT_AROUND, 512, at + vma.pages - inside)
+    base = page - at
+    pte = None
+    words = mm.machine.frames.word
+    shift = vma.pgoff - vma.first
+    for near in range(base + low, min(base + high, file.page_end - shift)):
+        frame = file.pages.get(near + shift)
+        if frame is None or words[frame] & fr.PG_READAHEAD:
+            continue
+        if pte is None:
+            pte = mm.pt.leaf_of(page).pte
+        if not pte[near & 511]:
+            _map_file_page(mm, vma, pte, near, frame, vma.prot)
+    return pte is not None and bool(pte[at] & f.PTE_PRESENT)
+
+
+# ---------------------------------------------------------------------- swap
+
+
+async def _do_swap_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: int) -> int:
+    machine = mm.machine
+    swap, frames = machine.swap, machine.frames
+    slot = (entry & f.PFN_MASK) >> PAGE_SHIFT
+    major = 0
+    frame = swap.cache.get(slot, -1)
+    cached = frame >= 0
+    if cached:
+        swap.hit(vma, page, frame)
+        frames.get(frame)
+    else:
+        major = f.VM_FAULT_MAJOR
+        if swap.uses(slot) == 1:
+            frame = await machine.alloc_frame()
+            swap.read(slot, frame)
+            frames.get(frame)
+        else:
+            frame = await _swapin_readahead(mm, vma, page, slot)
+            if frame < 0:
+                return 0
+            cached = True
+    if mm.pt.get(page) != entry or (cached and swap.cache.get(slot) != frame):
+        machine.put_page(frame)
+        return major
+    write = flags & f.FAULT_WRITE
+    exclusive = bool(entry & f.SWP_EXCLUSIVE) or not cached
+    swap.drop(slot)
+    word = frames.word[frame]
+    if (
+        cached
+        and word & fr.PG_SWAPCACHE
+        and (vma.flags & f.VM_LOCKED or word & fr.PG_MLOCKED or (write and word & fr.REF_MASK == 2))
+    ):
+        swap.try_free(frame)
+        word = frames.word[frame]
+    prot = vma.prot | (entry & f.SWP_UFFD_WP)
+    flag = fr.PG_ANON | fr.PG_SWAPBACKED
+    if exclusive or word & fr.REF_MASK == 1:
+        flag |= fr.PG_EXCLUSIVE
+        if vma.flags & f.VM_WRITE and not entry & f.SWP_UFFD_WP:
+            prot |= f.PTE_RW
+            if write:
+                prot |= f.PTE_DIRTY
+                write = 0
+    if not word & fr.PG_ANON:
+        assert vma.anon_vma is not None
+        # A page that may be shared belongs to the whole family, one that is not to this VMA.
+        owner = vma.anon_vma if flag & fr.PG_EXCLUSIVE else vma.anon_vma.root
+        frames.set_owner(frame, owner.number, page - vma.first + vma.pgoff)
+    elif flag & fr.PG_EXCLUSIVE and not cached:
+        assert vma.anon_vma is not None
+        frames.set_owner(frame, vma.anon_vma.number, page - vma.first + vma.pgoff)
+    frames.word[frame] = (frames.word[frame] | flag) + fr.MAP_ONE
+    if not cached:
+        machine.lru.add(frame, file=False)
+    if vma.flags & f.VM_LOCKED:
+        machine.mlock(frame)
+    mm.set_pte(page, frame << PAGE_SHIFT | prot)
+    if write:
+        result = fault_nowait(mm, vma, page, f.FAULT_WRITE)
+        if result == RETRY:
+            result = await _do_wp_page(mm, vma, page, flags, mm.pt.get(page))
+        return result | major
+    return major
+
+
+async def _swapin_readahead(mm: AddressSpace, vma: Vma, page: int, slot: int) -> int:
+    """Read a shared slot and its neighbours into the swap cache; the frame with a reference.
+
+    Source: swap_vma_readahead.
+    """
+    machine = mm.machine
+    first, last = machine.swap.window(vma, page)
+    for near in range(first, last):
+        entry = mm.pt.get(near)
+        if entry & (f.PTE_PRESENT | f.SWP_TYPE_MASK) != f.SWP_SWAP:
+            continue
+        other = (entry & f.PFN_MASK) >> PAGE_SHIFT
+        if other not in machine.swap.cache:
+            await machine.read_swap_cache(other, readahead=near != page)
+    frame = machine.swap.cache.get(slot)
+    if frame is None:
+        if mm.pt.get(page) & f.PTE_PRESENT or not machine.swap.uses(slot):
+            return -1
+        frame = await machine.read_swap_cache(slot, readahead=False)
+    machine.frames.get(frame)
+    return frame

@@ -1,0 +1,319 @@
+"""Files: the page cache, who maps it, and what shrinks, punches or cleans it.
+
+Two kinds: "memfd" (shmem: pages live in memory and swap, nothing is ever written back) and "ext4"
+(pages come from a disk and go back to it, so the first write to a clean one is noticed). Offsets
+and sizes are bytes at the edge and pages inside.
+
+Source: mm/filemap.c, mm/truncate.c, mm/shmem.c, mm/memory.c (unmap_mapping_range), fs/ext4/inode.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmunotify.errors import MmError
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+from . import flags as f
+from . import frames as fr
+from .rmap import IntervalTree, page_of
+
+if TYPE_CHECKING:
+    from .machine import Machine
+
+Kind = Literal["memfd", "ext4"]
+_PAGE_BITS = PAGE_SIZE - 1
+_READAHEAD = 1024
+
+
+class File:
+    """One inode and its page cache (struct address_space).
+
+    `refs` counts the descriptor and every VMA; the pages of a memfd go with the last of them.
+    """
+
+    def __init__(self, machine: Machine[Any], name: str, size: int, kind: Kind) -> None:
+        self.machine = machine
+        self.name = name
+        self.size = size
+        """Bytes."""
+        self.kind: Kind = kind
+        self.pages: dict[int, int] = {}
+        """Page index to frame."""
+        self.swapped: dict[int, int] = {}
+        """Page index to swap slot (memfd only)."""
+        self.disk: dict[int, bytearray] = {}
+        """Page index to what is on the disk, zeros left out (ext4 only)."""
+        self.i_mmap = IntervalTree()
+        self.i_mmap_lock = machine.locks.rmap_lock("i_mmap")
+        self.number = machine.owners.add(self)
+        self.refs = 1
+
+    def __repr__(self) -> str:
+        return f"<File {self.name} {self.kind} {self.size:#x}>"
+
+    @property
+    def writenotify(self) -> bool:
+        """Whether the first write to a clean page must be noticed (page_mkwrite)."""
+        return self.kind == "ext4"
+
+    @property
+    def page_end(self) -> int:
+        """One past the index of its last page."""
+        return (self.size + _PAGE_BITS) >> PAGE_SHIFT
+
+    def get(self) -> None:
+        """Take a reference."""
+        self.refs += 1
+
+    def put(self) -> None:
+        """Drop a reference; the last one drops a memfd's pages, which nobody maps any more."""
+        self.refs -= 1
+        if not self.refs:
+            if self.kind == "ext4":
+                for index in [i for i, frame in self.pages.items() if self._dirty(frame)]:
+                    self._write_page(index)
+            self.drop_pages(0, None)
+            self.machine.owners.remove(self.number)
+
+    def _dirty(self, frame: int) -> bool:
+        return bool(self.machine.frames.word[frame] & fr.PG_DIRTY)
+
+    # ------------------------------------------------------------------ the page cache
+
+    def add(self, index: int, frame: int) -> None:
+        """Put a fresh frame into the page cache, which holds a reference."""
+        frames = self.machine.frames
+        flags = fr.PG_PAGECACHE | (fr.PG_SWAPBACKED if self.kind == "memfd" else 0)
+        frames.word[frame] = frames.word[frame] + fr.REF_ONE | flags
+        frames.set_owner(frame, self.number, index)
+        self.pages[index] = frame
+        self.machine.lru.add(frame, file=self.kind == "ext4")
+
+    def remove(self, index: int) -> None:
+        """Take a page out of the cache and drop its reference."""
+        frame = self.pages.pop(index)
+        frames = self.machine.frames
+        frames.word[frame] &= ~(fr.PG_PAGECACHE | fr.PG_DIRTY)
+        frames.put(frame)
+
+    def drop_pages(self, first: int, last: int | None) -> None:
+        """Remove [first, last) from cache and swap (truncate_inode_pages_range)."""
+        end = last if last is not None else 1 << 52
+        for index in [i for i in self.pages if first <= i < end]:
+            self.remove(index)
+        for index in [i for i in self.swapped if first <= i < end]:
+            self.machine.swap.drop(self.swapped.pop(index))
+
+    async def page(self, index: int) -> tuple[int, bool]:
+        """The frame of a page, brought in if need be, and whether that took I/O.
+
+        Takes no reference: what it returns is good until the caller suspends.
+        """
+        frame = self.pages.get(index)
+        if frame is not None:
+            return frame, False
+        if self.kind == "memfd":
+            slot = self.swapped.get(index)
+            frame = await self.machine.alloc_frame()
+            if index in self.pages:
+                self.machine.frames.get(frame)
+                self.machine.frames.put(frame)
+                return self.pages[index], False
+            if slot is not None:
+                del self.swapped[index]
+                self.machine.swap.read(slot, frame)
+                self.machine.swap.drop(slot)
+                self.machine.frames.word[frame] |= fr.PG_DIRTY
+            self.add(index, frame)
+            return frame, slot is not None
+        first = max(0, index - _READAHEAD // 2)
+        await self.readahead(first, min(first + _READAHEAD, self.page_end))
+        if index not in self.pages:
+            await self.readahead(index, index + 1)
+        return self.pages[index], True
+
+    async def readahead(self, first: int, last: int) -> None:
+        """Read pages [first, last) that are not cached from the disk, or from swap."""
+        for index in range(first, last):
+            if index in self.pages:
+                continue
+            if self.kind == "memfd":
+                if index in self.swapped:
+                    await self.page(index)
+                continue
+            frame = await self.machine.alloc_frame()
+            if index in self.pages:
+                self.machine.frames.get(frame)
+                self.machine.frames.put(frame)
+                continue
+            data = self.machine.frames.data
+            if data is not None and index in self.disk:
+                data[frame] = bytearray(self.disk[index])
+            self.add(index, frame)
+
+    def _write_page(self, index: int) -> None:
+        frame = self.pages[index]
+        frames = self.machine.frames
+        frames.word[frame] &= ~(fr.PG_DIRTY | fr.PG_READAHEAD)
+        if frames.data is not None:
+            contents = frames.data.get(frame)
+            if contents is None:
+                self.disk.pop(index, None)
+            else:
+                self.disk[index] = bytearray(contents)
+
+    # ------------------------------------------------------------------ operations
+
+    async def unmap_mapping_range(self, first: int, last: int | None, *, even_cows: bool) -> None:
+        """Unmap pages [first, last) wherever they are mapped; one announcement per VMA.
+
+        With `even_cows` the private copies go too. Runs under i_mmap for reading.
+        """
+        end = last if last is not None else 1 << 52
+        if not len(self.i_mmap) or first >= end:
+            return
+        async with self.i_mmap_lock.reading():
+            for vma in self.i_mmap.overlapping(first, end):
+                low = page_of(vma, max(first, vma.pgoff))
+                high = min(page_of(vma, min(end, vma.pgoff + vma.pages)), vma.last)
+                await vma.mm.zap_page_range(vma, low, high, event=Event.CLEAR, even_cows=even_cows)
+
+    async def truncate(self, size: int) -> None:
+        """Set the size in bytes (ftruncate)."""
+        if size < 0:
+            raise MmError(errno.EINVAL, f"truncate {self.name} to {size}: expected a size >= 0")
+        was, self.size = self.size, size
+        hole = (size + _PAGE_BITS) >> PAGE_SHIFT
+        if self.kind == "memfd" and was <= hole << PAGE_SHIFT:
+            self._zero_tail(size)
+            return
+        await self.unmap_mapping_range(hole, None, even_cows=True)
+        self.drop_pages(hole, None)
+        for index in [i for i in self.disk if i >= hole]:
+            del self.disk[index]
+        self._zero_tail(size)
+        await self.unmap_mapping_range(hole, None, even_cows=True)
+
+    def _zero_tail(self, size: int) -> None:
+        data = self.machine.frames.data
+        frame = self.pages.get(size >> PAGE_SHIFT)
+        if data is not None and frame in data and size & _PAGE_BITS:
+            keep = size & _PAGE_BITS
+            data[frame][keep:] = bytes(PAGE_SIZE - keep)
+
+    async def fallocate(self, mode: str, offset: int, length: int) -> None:
+        """Make a hole ("punch"), zero ("zero") or take out ("collapse") a range of bytes."""
+        if offset < 0 or length <= 0:
+            raise MmError(errno.EINVAL, f"fallocate {self.name}: range [{offset}, +{length})")
+        if mode not in ("punch", "zero", "collapse"):
+            raise MmError(errno.EINVAL, f"fallocate {self.name}: unknown mode {mode!r}")
+        if self.kind == "memfd" and mode != "punch":
+            raise MmError(errno.EOPNOTSUPP, f"fallocate {mode} of {self.name}, a memfd")
+        first = (offset + _PAGE_BITS) >> PAGE_SHIFT
+        last = (offset + length) >> PAGE_SHIFT
+        if mode == "collapse":
+            await self._collapse(offset, length)
+            return
+        if self.kind == "ext4":
+            if mode == "punch" and offset >= self.size:
+                return
+            if mode == "punch" and offset + length >= self.size:
+                last = self.page_end
+        await self.unmap_mapping_range(first, last, even_cows=False)
+        self.drop_pages(first, last)
+        for index in [i for i in self.disk if first <= i < last]:
+            del self.disk[index]
+        if mode == "zero":
+            self.size = max(self.size, offset + length)
+
+    async def _collapse(self, offset: int, length: int) -> None:
+        if (offset | length) & _PAGE_BITS or offset + length >= self.size:
+            raise MmError(
+                errno.EINVAL,
+                f"collapse [{offset:#x}, +{length:#x}) of {self.name}: expected whole pages that "
+                f"end before {self.size:#x}",
+            )
+        first, count = offset >> PAGE_SHIFT, length >> PAGE_SHIFT
+        await self.writeback(first, None)
+        await self.unmap_mapping_range(first, None, even_cows=True)
+        self.drop_pages(first, None)
+        await self.unmap_mapping_range(first, None, even_cows=True)
+        self.disk = {
+            index if index < first else index - count: data
+            for index, data in self.disk.items()
+            if not first <= index < first + count
+        }
+        self.size -= length
+
+    async def writeback(self, first: int = 0, last: int | None = None) -> None:
+        """Write the dirty pages out; each is write-protected where it is shared (page_mkclean)."""
+        if self.kind == "memfd":
+            return
+        end = last if last is not None else 1 << 52
+        for index in sorted(self.pages):
+            if first <= index < end and self._dirty(self.pages[index]):
+                await self._mkclean(index)
+                if index in self.pages:
+                    self._write_page(index)
+
+    async def _mkclean(self, index: int) -> None:
+        """Write-protect a page in every shared mapping of it; one announcement each."""
+        frame = self.pages[index]
+        if not self.machine.frames.word[frame] & fr.MAP_MASK:
+            return
+        async with self.i_mmap_lock.reading():
+            for vma in self.i_mmap.overlapping(index, index + 1):
+                if not vma.flags & f.VM_SHARED:
+                    continue
+                page = page_of(vma, index)
+                mm = vma.mm
+                if not mm.maps(page, frame):
+                    continue
+                async with mm.section(page, page + 1, Event.PROTECTION_PAGE):
+                    entry = mm.pt.get(page)
+                    if entry & f.PTE_PRESENT and entry & (f.PTE_DIRTY | f.PTE_RW):
+                        mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
+                        mm.flush_tlb(page, page + 1)
+
+    async def pread(self, offset: int, size: int) -> bytes:
+        """Bytes of the file, less than asked for at its end."""
+        data = self.machine.frames.data
+        end = min(offset + size, self.size)
+        out = bytearray()
+        while offset < end:
+            frame, _ = await self.page(offset >> PAGE_SHIFT)
+            low = offset & _PAGE_BITS
+            high = min(PAGE_SIZE, low + end - offset)
+            contents = data.get(frame) if data is not None else None
+            out += contents[low:high] if contents is not None else bytes(high - low)
+            self.machine.mark_accessed(frame)
+            offset += high - low
+        return bytes(out)
+
+    async def pwrite(self, offset: int, data: bytes) -> None:
+        """Write bytes through the page cache; grows the file."""
+        frames = self.machine.frames
+        at = 0
+        while at < len(data):
+            index, low = (offset + at) >> PAGE_SHIFT, (offset + at) & _PAGE_BITS
+            high = min(PAGE_SIZE, low + len(data) - at)
+            self.size = max(self.size, offset + at + high - low)
+            frame, _ = await self.page(index)
+            if frames.data is not None:
+                contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))
+                contents[low:high] = data[at : at + high - low]
+            frames.word[frame] |= fr.PG_DIRTY
+            self.machine.mark_accessed(frame)
+            at += high - low
+
+    def drop_cache(self) -> None:
+        """Forget clean pages that nobody maps (POSIX_FADV_DONTNEED after a sync)."""
+        word = self.machine.frames.word
+        if self.kind == "memfd":
+            return
+        for index, frame in list(self.pages.items()):
+            if self._dirty(frame):
+                continue
+            if word[frame] & fr.COUNTS_MASK == fr.REF_ONE:
+                self.remove(index)

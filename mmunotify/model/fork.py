@@ -1,0 +1,113 @@
+"""fork, execve, exit: address spaces come and go.
+
+The parent hears one announcement per VMA whose pages become shared for writing; the child, whose
+notifiers are its own and empty, none. Nothing is announced for an address space that goes: drivers
+are told `release` before its first page is freed.
+
+Source: kernel/fork.c, mm/mmap.c (dup_mmap, exit_mmap).
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from mmunotify.errors import MmError
+from mmunotify.ranges import Event
+from . import flags as f
+from . import memory
+from .mmap import remove_vma
+from .rmap import WriteLocked, locks_of
+from .vma import link, unlink
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+    from .vma import Vma
+
+
+async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:
+    """A child with a copy of this address space; pages are shared until somebody writes.
+
+    Holds both mmap_locks for writing. ENOMEM, with the child gone, if pinned pages cannot be copied.
+    """
+    mm.require_alive()
+    await mm.machine.cond_resched()
+    child: AddressSpace[Any] = mm.machine.new_mm(name)
+    child.brk_start, child.brk_end = mm.brk_start, mm.brk_end
+    pages = 0
+    try:
+        async with mm.write_locked, child.write_locked:
+            for source in list(mm.vmas):
+                if not source.flags & f.VM_DONTCOPY:
+                    pages += source.pages
+                    await _dup_vma(mm, child, source)
+            mm.flush_tlb(0, 1 << 52)
+    except BaseException:
+        await child.put()
+        raise
+    await mm.machine.cond_resched(pages)
+    return child
+
+
+async def _dup_vma(mm: AddressSpace[Any], child: AddressSpace[Any], source: Vma) -> None:
+    """Copy one VMA to the child, and the entries that it could not fault in again (dup_mmap)."""
+    mm.vma_start_write(source)
+    vma = source.dup()
+    vma.mm = child
+    vma.flags &= ~(f.VM_LOCKED_MASK | f.VM_UFFD_MISSING | f.VM_UFFD_WP)
+    vma.uffd = None
+    vma.set_page_prot()
+    wipe = source.flags & f.VM_WIPEONFORK
+    if (source.chain and not wipe) or source.file is not None:
+        async with WriteLocked(locks_of((source,))):
+            if not wipe:
+                mm.machine.anon_vmas.fork(vma, source)
+            if vma.file is not None:
+                vma.file.i_mmap.insert_after(vma, source)
+                vma.file.get()
+    child.vma_start_write(vma)
+    link(child, vma)
+    if wipe:
+        return
+    # What is only in the file can be faulted in again, unless an entry says more than that.
+    if source.anon_vma is None and not source.flags & (f.VM_PFNMAP | f.VM_MAYBE_GUARD):
+        return
+    if source.cow:
+        async with mm.section(source.first, source.last, Event.PROTECTION_PAGE):
+            copied = memory.copy_page_range(child, vma, mm, source)
+    else:
+        copied = memory.copy_page_range(child, vma, mm, source)
+    if not copied:
+        raise MmError(errno.ENOMEM, f"fork of {mm.name}: no memory to copy pinned pages")
+
+
+async def execve(mm: AddressSpace[Any]) -> AddressSpace[Any]:
+    """Replace the address space by a new, empty one, which is returned; this one exits."""
+    mm.require_alive()
+    fresh: AddressSpace[Any] = mm.machine.new_mm(mm.name)
+    fresh.on_fault = mm.on_fault
+    await mm.put()
+    return fresh
+
+
+async def exit_mmap(mm: AddressSpace[Any]) -> None:
+    """Tear down: `release` of every driver, then unmap everything, unannounced.
+
+    Called when mm_users has reached zero.
+    """
+    await mm.notifiers.release()
+    async with mm.write_locked:
+        vmas = list(mm.vmas)
+        gather = memory.Gather(mm)
+        for vma in vmas:
+            section = mm.section(vma.first, vma.last, Event.UNMAP)
+            section.gather = gather
+            await memory.zap_pages(mm, vma, vma.first, vma.last, section, drop_markers=True)
+        mm.flush_tlb(0, 1 << 52)
+        for vma in vmas:
+            unlink(mm, vma)
+            await remove_vma(mm, vma)
+        mm.pt.free_tables(0, 1 << 52, 0, 1 << 52)
+        gather.finish()
+    mm.machine.forget(mm)
+    mm.drop()

@@ -1,0 +1,157 @@
+"""The LRU lists: append logs whose entries are valid by position.
+
+Adding a run of pages is one slice, and freeing a page costs nothing: an entry counts only while its
+frame is on the list (its flags say which) and remembers this position. Stale entries go when the
+log is packed. Anonymous and shmem pages (swap-backed) are apart from file pages; each kind has an
+inactive and an active list.
+
+Source: include/linux/mm_inline.h, mm/swap.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from . import frames as fr
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .frames import Frames
+
+    Indices = npt.NDArray[np.int64] | npt.NDArray[np.uint32]
+
+INACTIVE_ANON: Final = 0
+ACTIVE_ANON: Final = 1
+INACTIVE_FILE: Final = 2
+ACTIVE_FILE: Final = 3
+_WHICH: Final = fr.PG_LRU | fr.PG_ACTIVE | fr.PG_SWAPBACKED | fr.PG_UNEVICTABLE
+_FLAGS: Final = (
+    fr.PG_LRU | fr.PG_SWAPBACKED,
+    fr.PG_LRU | fr.PG_SWAPBACKED | fr.PG_ACTIVE,
+    fr.PG_LRU,
+    fr.PG_LRU | fr.PG_ACTIVE,
+)
+
+
+class _Log:
+    __slots__ = ("entries", "head", "slots", "tail")
+
+    def __init__(self, size: int) -> None:
+        self.entries: npt.NDArray[np.uint32] = np.zeros(size, np.uint32)
+        self.slots: Any = memoryview(self.entries)
+        self.head = 0
+        self.tail = 0
+
+
+class Lru:
+    """The lists of one machine."""
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames: Final = frames
+        self._positions: Final[npt.NDArray[np.uint32]] = np.zeros(frames.count, np.uint32)
+        self._position: Final[Any] = memoryview(self._positions)
+        self._logs: Final = [_Log(1024) for _ in range(4)]
+
+    def append(self, frame: int) -> None:
+        """A new anonymous page, whose flags say so already, goes to the inactive list."""
+        log = self._logs[0]
+        tail = log.tail
+        if tail == len(log.slots):
+            self._pack(0, 1)
+            tail = log.tail
+        log.slots[tail] = frame
+        self._position[frame] = tail
+        log.tail = tail + 1
+
+    def append_many(self, frames: npt.NDArray[np.uint32]) -> None:
+        """`append` of distinct frames, oldest first."""
+        self._extend(0, frames)
+
+    def _extend(self, which: int, frames: Indices) -> None:
+        count = len(frames)
+        log = self._logs[which]
+        if log.tail + count > len(log.entries):
+            self._pack(which, count)
+        tail = log.tail
+        log.entries[tail : tail + count] = frames
+        self._positions[frames] = np.arange(tail, tail + count, dtype=np.uint32)
+        log.tail = tail + count
+
+    def add(self, frame: int, *, file: bool) -> None:
+        """Put a frame on the inactive list of its kind."""
+        self._frames.word[frame] |= fr.PG_LRU
+        self._extend(INACTIVE_FILE if file else INACTIVE_ANON, np.array([frame], np.uint32))
+
+    def move(self, frame: int) -> None:
+        """Put a frame at the young end of the list that its flags name now."""
+        word = self._frames.word[frame] | fr.PG_LRU
+        self._frames.word[frame] = word
+        which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
+        log = self._logs[which]
+        if log.tail == len(log.slots):
+            self._pack(which, 1)
+        log.slots[log.tail] = frame
+        self._position[frame] = log.tail
+        log.tail += 1
+
+    def deactivate(self, frames: npt.NDArray[np.int64]) -> None:
+        """Make pages the first candidates for reclaim again (folio_deactivate)."""
+        self._frames.words[frames] &= ~np.uint64(fr.PG_ACTIVE | fr.PG_REFERENCED)
+        self.put_back(frames)
+
+    def put_back(self, frames: npt.NDArray[np.int64]) -> None:
+        """Put distinct frames on the lists that their flags name."""
+        if not len(frames):
+            return
+        words = self._frames.words[frames]
+        for which, flags in enumerate(_FLAGS):
+            mine = (words & np.uint64(_WHICH)) == np.uint64(flags)
+            if mine.any():
+                self._extend(which, frames[mine])
+
+    def _pack(self, which: int, room: int) -> None:
+        """Drop the stale entries of a log; grow it if half of what is left is still in the way."""
+        log = self._logs[which]
+        valid = self._valid(which, log.head, log.tail)
+        size = len(log.entries)
+        while len(valid) + room > size // 2:
+            size *= 2
+        if size != len(log.entries):
+            log.entries = np.zeros(size, np.uint32)
+            log.slots = memoryview(log.entries)
+        log.entries[: len(valid)] = valid
+        self._positions[valid] = np.arange(len(valid), dtype=np.uint32)
+        log.head, log.tail = 0, len(valid)
+
+    def _valid(self, which: int, low: int, high: int) -> npt.NDArray[np.uint32]:
+        entries = self._logs[which].entries[low:high].copy()
+        words = self._frames.words[entries]
+        valid = ((words & np.uint64(_WHICH)) == np.uint64(_FLAGS[which])) & (
+            self._positions[entries] == np.arange(low, high, dtype=np.uint32)
+        )
+        result: npt.NDArray[np.uint32] = entries[valid]
+        return result
+
+    def size(self, which: int) -> int:
+        """How many pages are on a list, at most: stale entries are counted."""
+        log = self._logs[which]
+        return log.tail - log.head
+
+    def pages(self, which: int) -> list[int]:
+        """The frames on a list, oldest first; they stay there."""
+        log = self._logs[which]
+        return self._valid(which, log.head, log.tail).tolist()
+
+    def take(self, which: int, wanted: int) -> list[int]:
+        """Isolate up to `wanted` of the oldest frames of a list; `move` puts one back."""
+        log = self._logs[which]
+        taken: list[int] = []
+        while len(taken) < wanted and log.head < log.tail:
+            high = min(log.tail, log.head + wanted)
+            found = self._valid(which, log.head, high)
+            log.head = high
+            taken += found.tolist()
+        return taken

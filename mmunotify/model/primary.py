@@ -1,0 +1,216 @@
+"""`mmunotify.primary.Primary` over an address space of the model: what its drivers may ask.
+
+A translation that is used after its frame was freed raises StaleTranslation: the generation stamp
+tells, and the text, which is built only then, names the drivers that could have held it and the last
+announcement that covered it.
+
+Frames are read and written by number, as a device does it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mmunotify.errors import BadAddress, MmError, StaleTranslation
+from mmunotify.primary import Region, Translation, Translations
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
+from . import flags as f
+from . import frames as fr
+from .memory import PRESENT, frames_of
+from .vma import find_vma, vmas_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from mmunotify.primary import Pin
+    from .mm import AddressSpace
+
+_READABLE: Final = f.PTE_PRESENT | f.PTE_USER
+
+
+class ModelPrimary:
+    """What a driver may ask; one per address space."""
+
+    __slots__ = ("mm",)
+
+    def __init__(self, mm: AddressSpace[Any]) -> None:
+        self.mm = mm
+
+    def translate(self, address: int) -> Translation | None:
+        """The leaf that maps `address`, or None. Never suspends, never faults."""
+        mm = self.mm
+        page = address >> PAGE_SHIFT
+        entry = mm.pt.get(page)
+        if entry & _READABLE != _READABLE:
+            return None
+        size = PAGE_SIZE
+        if page >> 9 in mm.pt.huge:
+            size = PMD_SIZE
+            entry = mm.pt.huge[page >> 9]
+        frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+        return Translation(
+            address & ~(size - 1),
+            frame,
+            bool(entry & f.PTE_RW),
+            size,
+            mm.machine.frames.word[frame] >> fr.GEN_SHIFT,
+        )
+
+    def translate_range(self, start: int, end: int) -> Translations:
+        """What is present in [start, end), as arrays. Never suspends, never faults."""
+        mm = self.mm
+        pages, found = [], []
+        for index in list(mm.pt.indices(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))):
+            low = max(index << 9, start >> PAGE_SHIFT)
+            high = min((index + 1) << 9, -(-end >> PAGE_SHIFT))
+            huge = mm.pt.huge.get(index)
+            if huge is None:
+                entries = mm.pt.leaves[index].entries[low - (index << 9) : high - (index << 9)]
+                at = np.flatnonzero((entries & np.uint64(_READABLE)) == np.uint64(_READABLE))
+            else:
+                at = np.arange(high - low)
+                shift = np.uint64(PAGE_SHIFT)
+                first = np.uint64(huge + ((low - (index << 9)) << PAGE_SHIFT))
+                entries = (at.astype(np.uint64) << shift) + first
+            pages.append(at + low)
+            found.append(entries[at])
+        if not pages:
+            empty = np.zeros(0, np.int64)
+            return Translations(empty, empty, empty, empty)
+        entries = np.concatenate(found)
+        frames = frames_of(entries)
+        words = mm.machine.frames.words[frames]
+        return Translations(
+            np.concatenate(pages),
+            frames,
+            ((entries & np.uint64(f.PTE_RW)) != 0).astype(np.int64),
+            (words >> np.uint64(fr.GEN_SHIFT)).view(np.int64),
+        )
+
+    async def fault_in(self, address: int, *, write: bool = False) -> Translation:
+        """Make `address` present, as the process's own access would; may suspend and notify."""
+        from .gup import faultin_page
+
+        mm = self.mm
+        page = address >> PAGE_SHIFT
+        async with mm.mmap_lock.reading():
+            vma = find_vma(mm, page)
+            allowed = vma is not None and vma.flags & (
+                f.VM_WRITE if write else f.VM_ACCESS_FLAGS
+            )
+            if vma is None or not allowed:
+                raise BadAddress(
+                    f"fault_in({address:#x}) in {mm.name}: "
+                    + ("nothing is mapped there" if vma is None else f"{vma!r} forbids it"),
+                    code=1 if vma is None else 2,
+                    address=address,
+                )
+            await faultin_page(mm, vma, page, write=write)
+            found = self.translate(address)
+        if found is None:
+            raise BadAddress(f"fault_in({address:#x}) in {mm.name}: it is gone", address=address)
+        return found
+
+    async def fault_in_range(self, start: int, end: int, *, write: bool = False) -> Translations:
+        """`fault_in` for every page of [start, end), all or error."""
+        for address in range(start & ~(PAGE_SIZE - 1), end, PAGE_SIZE):
+            await self.fault_in(address, write=write)
+        return self.translate_range(start, end)
+
+    async def pin(self, start: int, end: int, *, write: bool = True) -> Pin:
+        """Fault in [start, end) and hold its frames (FOLL_LONGTERM)."""
+        return await self.mm.pin(start, end, write=write)
+
+    def unpin(self, pin: Pin) -> None:
+        """Drop the references that `pin` took; once."""
+        from .gup import Pinned
+
+        assert isinstance(pin, Pinned)
+        self.mm.unpin(pin)
+
+    def read(self, translation: Translation, offset: int, size: int) -> bytes:
+        """Bytes of the mapped frame; zeros if the machine keeps no contents."""
+        self._check(translation, offset, size)
+        data = self.mm.machine.frames.data
+        if data is None:
+            return bytes(size)
+        out = bytearray()
+        while size:
+            frame = translation.frame + (offset >> PAGE_SHIFT)
+            low = offset & (PAGE_SIZE - 1)
+            part = min(size, PAGE_SIZE - low)
+            contents = data.get(frame)
+            out += contents[low : low + part] if contents is not None else bytes(part)
+            offset += part
+            size -= part
+        return bytes(out)
+
+    def write(self, translation: Translation, offset: int, data: bytes) -> None:
+        """Store through the translation; PermissionError if it is not writable."""
+        self._check(translation, offset, len(data))
+        if not translation.writable:
+            raise PermissionError(f"{translation!r} is not writable")
+        frames = self.mm.machine.frames
+        at = 0
+        while at < len(data):
+            frame = translation.frame + ((offset + at) >> PAGE_SHIFT)
+            low = (offset + at) & (PAGE_SIZE - 1)
+            part = min(len(data) - at, PAGE_SIZE - low)
+            frames.word[frame] |= fr.PG_DIRTY
+            if frames.data is not None:
+                contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))
+                contents[low : low + part] = data[at : at + part]
+            at += part
+
+    def _check(self, translation: Translation, offset: int, size: int) -> None:
+        if offset < 0 or offset + size > translation.size:
+            raise MmError(22, f"[{offset}, +{size}) is outside of {translation!r}")
+        _, generation = self.mm.machine.frames.label(translation.frame)
+        if generation != translation.generation:
+            raise StaleTranslation(self._story(translation, generation))
+
+    def _story(self, translation: Translation, generation: int) -> str:
+        mm = self.mm
+        missed = mm.last_announcement(translation.address, translation.address + translation.size)
+        told = f"the last announcement of it was {missed}" if missed else "nobody announced it"
+        return (
+            f"{translation.address:#x} of {mm.name} was translated to frame {translation.frame} in "
+            f"its generation {translation.generation}, which is now {generation}: the frame was "
+            f"freed since; {told}; registered: {mm.notifiers!r}"
+        )
+
+    def set_dirty(self, start: int, end: int, mask: Sequence[int] | None = None) -> None:
+        """Hand dirty bits over before a mapping is dropped (I-DIRTY); set_page_dirty."""
+        mm = self.mm
+        first = start >> PAGE_SHIFT
+        for page in range(first, -(-end >> PAGE_SHIFT)):
+            if mask is not None and not mask[page - first]:
+                continue
+            entry = mm.pt.get(page)
+            if entry & f.PTE_PRESENT and not entry & f.PTE_SPECIAL:
+                mm.machine.frames.word[(entry & f.PFN_MASK) >> PAGE_SHIFT] |= fr.PG_DIRTY
+
+    def mark_young(self, start: int, end: int) -> None:
+        """Tell reclaim that the device has used these pages (mark_page_accessed)."""
+        mm = self.mm
+        for _, entries in mm.pt.runs(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
+            for entry in entries[(entries & PRESENT) != 0].tolist():
+                if not entry & f.PTE_SPECIAL:
+                    mm.machine.mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+
+    def regions(self, start: int, end: int) -> Iterator[Region]:
+        """The mappings that meet [start, end), ascending. A lock-free look: a hint."""
+        for vma in vmas_in(self.mm, start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
+            yield Region(
+                vma.start, vma.end, bool(vma.flags & f.VM_READ), bool(vma.flags & f.VM_WRITE)
+            )
+
+    def tryget(self) -> bool:
+        """Take a reference on the address space unless it is exiting (mmget_not_zero)."""
+        return self.mm.tryget()
+
+    async def put(self) -> None:
+        """Give a `tryget` reference back; the last one tears the address space down (mmput)."""
+        await self.mm.put()

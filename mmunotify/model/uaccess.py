@@ -1,0 +1,324 @@
+"""The process's own accesses, and the kernel's to user memory: where page faults come from.
+
+An access that the entry permits sets its accessed and dirty bits and costs nothing else; one that it
+does not is a page fault. `touch` is the fast way for many pages: fresh anonymous memory is filled
+in vector steps, which the single access does not share.
+
+Source: arch/x86/mm/fault.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from mmunotify.errors import BadAddress
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
+from . import flags as f
+from . import frames as fr
+from .fault import _NEW_ANON_LRU, RETRY, fault_nowait, handle_mm_fault
+from .vma import Vma, find_vma, index_after, vmas_in
+
+if TYPE_CHECKING:
+    from .mm import AddressSpace
+
+_PAGE_BITS: Final = PAGE_SIZE - 1
+_READABLE: Final = f.PTE_PRESENT | f.PTE_USER
+_WRITABLE: Final = _READABLE | f.PTE_RW
+_STACK_GAP: Final = 256
+_STACK_PAGES: Final = 2048
+_STEP: Final = 512 * 16
+
+
+async def access(
+    mm: AddressSpace[Any], addr: int, write: bool = False, value: int | None = None
+) -> int:
+    """Load or store one byte as the process does; the byte that is there afterwards.
+
+    A store without `value` leaves the byte as it is. Raises BadAddress for a signal; may suspend.
+    """
+    page = addr >> PAGE_SHIFT
+    leaf = mm.pt.leaves.get(page >> 9)
+    needed = _WRITABLE if write else _READABLE
+    while True:
+        if leaf is not None:
+            entry = leaf.pte[page & 511]
+            if entry & needed == needed:
+                leaf.pte[page & 511] = entry | (
+                    f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
+                )
+                break
+        elif mm.pt.huge and mm.pt.get(page) & needed == needed:
+            mm.pt.huge[page >> 9] |= f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
+            entry = mm.pt.get(page)
+            break
+        await fault(mm, page, f.FAULT_WRITE if write else 0)
+        leaf = mm.pt.leaves.get(page >> 9)
+    if mm.tlb is not None:
+        mm.tlb.fill(page, entry)
+    data = mm.machine.frames.data
+    if data is None:
+        return 0
+    frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+    contents = data.get(frame)
+    if write and value is not None:
+        if contents is None:
+            contents = data[frame] = bytearray(PAGE_SIZE)
+        contents[addr & _PAGE_BITS] = value
+        return value
+    return contents[addr & _PAGE_BITS] if contents is not None else 0
+
+
+async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
+    """One page fault exception, handled; raises BadAddress if it ends in a signal."""
+    mm.require_alive()
+    entry = mm.pt.get(page)
+    if entry & _READABLE == _READABLE:
+        flags |= f.FAULT_PRESENT
+    if mm.on_fault is not None:
+        mm.on_fault(page << PAGE_SHIFT, flags)
+    vma = find_vma(mm, page)
+    if vma is not None and vma.lock_seq != mm.lock_seq and not _refused(vma, flags):
+        # The per-VMA lock: nobody can change this VMA before the next await.
+        result = fault_nowait(mm, vma, page, flags)
+        if result != RETRY:
+            mm.min_flt += 1
+            return
+    async with mm.mmap_lock.reading():
+        vma = find_vma(mm, page) or _expand_stack(mm, page)
+        if vma is None:
+            raise _signal(mm, page, "SEGV", 1, "nothing is mapped there")
+        if _refused(vma, flags):
+            raise _signal(mm, page, "SEGV", 2, f"{vma!r} does not permit it")
+        result = await handle_mm_fault(mm, vma, page, flags)
+    account(mm, result)
+    if result & f.VM_FAULT_SIGBUS:
+        raise _signal(mm, page, "BUS", 2, f"beyond the end of {vma.file!r}")
+    if result & f.VM_FAULT_SIGSEGV:
+        raise _signal(mm, page, "SEGV", 1, "a guard page")
+
+
+def account(mm: AddressSpace[Any], result: int) -> None:
+    """Count a handled fault (mm_account_fault)."""
+    if result & f.VM_FAULT_ERROR:
+        return
+    if result & f.VM_FAULT_MAJOR:
+        mm.maj_flt += 1
+    else:
+        mm.min_flt += 1
+
+
+def _refused(vma: Vma, flags: int) -> bool:
+    if flags & f.FAULT_WRITE:
+        return not vma.flags & f.VM_WRITE
+    return not vma.flags & f.VM_ACCESS_FLAGS
+
+
+def _signal(mm: AddressSpace[Any], page: int, signal: str, code: int, why: str) -> BadAddress:
+    address = page << PAGE_SHIFT
+    return BadAddress(
+        f"access to {address:#x} in {mm.name}: SIG{signal}, {why}",
+        signal=signal,
+        code=code,
+        address=address,
+    )
+
+
+def _expand_stack(mm: AddressSpace[Any], page: int) -> Vma | None:
+    """Let a growsdown VMA above reach down to the page, if its guard gap and limit allow."""
+    at = index_after(mm, page)
+    if at == len(mm.vmas):
+        return None
+    vma = mm.vmas[at]
+    if not vma.flags & f.VM_GROWSDOWN or vma.last - page > _STACK_PAGES:
+        return None
+    if at:
+        prev = mm.vmas[at - 1]
+        gap = page - prev.last
+        if (
+            not prev.flags & f.VM_GROWSDOWN
+            and prev.flags & f.VM_ACCESS_FLAGS
+            and gap < _STACK_GAP
+        ):
+            return None
+    if not mm.anon_vma_prepare_nowait(vma):
+        return None
+    vma.set_range(page, vma.last, vma.pgoff - (vma.first - page))
+    mm.firsts[at] = page
+    return vma
+
+
+# ---------------------------------------------------------------------- many bytes, many pages
+
+
+async def read(mm: AddressSpace[Any], addr: int, size: int) -> bytes:
+    """`size` bytes as the process loads them; BadAddress at the first that it cannot."""
+    out = bytearray()
+    data = mm.machine.frames.data
+    while size > 0:
+        low = addr & _PAGE_BITS
+        part = min(size, PAGE_SIZE - low)
+        await access(mm, addr)
+        frame = (mm.pt.get(addr >> PAGE_SHIFT) & f.PFN_MASK) >> PAGE_SHIFT
+        contents = data.get(frame) if data is not None else None
+        out += contents[low : low + part] if contents is not None else bytes(part)
+        addr += part
+        size -= part
+        await mm.machine.cond_resched(1)
+    return bytes(out)
+
+
+async def write(mm: AddressSpace[Any], addr: int, data: bytes) -> None:
+    """Store bytes as the process does; BadAddress at the first page that it cannot."""
+    frames = mm.machine.frames
+    at = 0
+    while at < len(data):
+        low = addr & _PAGE_BITS
+        part = min(len(data) - at, PAGE_SIZE - low)
+        await access(mm, addr, write=True)
+        if frames.data is not None:
+            frame = (mm.pt.get(addr >> PAGE_SHIFT) & f.PFN_MASK) >> PAGE_SHIFT
+            contents = frames.data.get(frame)
+            if contents is None:
+                contents = frames.data[frame] = bytearray(PAGE_SIZE)
+            contents[low : low + part] = data[at : at + part]
+        at += part
+        addr += part
+        await mm.machine.cond_resched(1)
+
+
+async def touch(
+    mm: AddressSpace[Any],
+    addr: int,
+    length: int,
+    write: bool = False,
+    value: int | None = None,
+    step: int = PAGE_SIZE,
+) -> None:
+    """One access every `step` bytes of [addr, addr + length); BadAddress at the first bad one.
+
+    Fresh anonymous memory is filled in vector steps if no contents are kept or stored.
+    """
+    if step != PAGE_SIZE or mm.on_fault is not None or (value and mm.machine.frames.data is not None):
+        for at in range(addr, addr + length, step):
+            await access(mm, at, write, value)
+            await mm.machine.cond_resched(1)
+        return
+    page = addr >> PAGE_SHIFT
+    last = (addr + length + _PAGE_BITS) >> PAGE_SHIFT
+    while page < last:
+        end = min(last, (page // _STEP + 1) * _STEP)
+        if not _touch_range(mm, page, end, write):
+            for at in range(page, end):
+                await access(mm, at << PAGE_SHIFT, write)
+        await mm.machine.cond_resched(end - page)
+        page = end
+
+
+def _touch_range(mm: AddressSpace[Any], first: int, last: int, write: bool) -> bool:
+    """Touch pages [first, last) without suspending; False if a page needs more than that."""
+    vmas = vmas_in(mm, first, last)
+    if len(vmas) != 1 or vmas[0].first > first or vmas[0].last < last or mm.pt.huge:
+        return False
+    vma = vmas[0]
+    machine = mm.machine
+    if vma.lock_seq == mm.lock_seq or _refused(vma, f.FAULT_WRITE if write else 0) or mm.tlb:
+        return False
+    fresh = (
+        vma.file is None
+        and vma.uffd is None
+        and not vma.flags & (f.VM_LOCKED | f.VM_HUGEPAGE)
+        and machine.thp != "always"
+        and machine.frames.free - (last - first) > machine.low
+        and (not write or mm.anon_vma_prepare_nowait(vma))
+    )
+    if fresh:
+        mm.pt.populate(first, last)
+    done = 0
+    needed = np.uint64(_WRITABLE if write else _READABLE)
+    bits = np.uint64(f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED)
+    for page, entries in mm.pt.runs(first, last):
+        done += len(entries)
+        empty = np.flatnonzero(entries == 0)
+        if len(empty) < len(entries):
+            used = entries[entries != 0] if len(empty) else entries
+            if (used & needed != needed).any():
+                return False
+            entries[entries != 0] |= bits
+        if not len(empty):
+            continue
+        if not fresh:
+            return False
+        mm.min_flt += len(empty)
+        if not write:
+            entries[empty] = np.uint64(machine.zero_entry | vma.prot)
+            continue
+        _fill(mm, vma, page, entries, empty)
+    return done == last - first
+
+
+def _fill(
+    mm: AddressSpace[Any],
+    vma: Vma,
+    page: int,
+    entries: np.ndarray[Any, np.dtype[np.uint64]],
+    empty: np.ndarray[Any, np.dtype[np.int64]],
+) -> None:
+    """Put fresh anonymous pages where a run is empty."""
+    machine = mm.machine
+    frames = machine.frames
+    new = frames.alloc_many(len(empty))
+    pfns = new.astype(np.int64)
+    assert vma.anon_vma is not None
+    index = page - vma.first + vma.pgoff
+    frames.words[pfns] |= np.uint64(_NEW_ANON_LRU)
+    owner = np.uint64(vma.anon_vma.number << fr.OWNER_SHIFT | index)
+    frames.rmaps[pfns] = empty.view(np.uint64) + owner
+    machine.lru.append_many(new)
+    prot = np.uint64(vma.prot | f.PTE_RW | f.PTE_DIRTY | f.PTE_ACCESSED)
+    found = (pfns.view(np.uint64) << np.uint64(PAGE_SHIFT)) | prot
+    if len(empty) == len(entries):
+        entries[:] = found
+    else:
+        entries[empty] = found
+
+
+# ---------------------------------------------------------------------- the kernel's accesses
+
+
+async def copy_from_user(mm: AddressSpace[Any], addr: int, length: int) -> int:
+    """The kernel reads the pages of [addr, addr + length); how many it could.
+
+    An absent page faults twice: with faults disabled, and again to bring it in.
+    """
+    return await _kernel_access(mm, addr, length, None)
+
+
+async def copy_to_user(mm: AddressSpace[Any], addr: int, length: int, value: int = 0) -> int:
+    """The kernel fills the pages of [addr, addr + length) with a byte; how many it could."""
+    return await _kernel_access(mm, addr, length, value)
+
+
+async def _kernel_access(
+    mm: AddressSpace[Any], addr: int, length: int, value: int | None
+) -> int:
+    write = value is not None
+    flags = f.FAULT_KERNEL | (f.FAULT_WRITE if write else 0)
+    needed = _WRITABLE if write else _READABLE
+    first = addr >> PAGE_SHIFT
+    last = (addr + length + _PAGE_BITS) >> PAGE_SHIFT
+    for page in range(first, last):
+        while mm.pt.get(page) & needed != needed:
+            if not write and mm.on_fault is not None:
+                mm.on_fault(page << PAGE_SHIFT, flags)
+            try:
+                await fault(mm, page, flags)
+            except BadAddress:
+                return page - first
+        await access(mm, page << PAGE_SHIFT, write)
+        data = mm.machine.frames.data
+        if value is not None and data is not None:
+            frame = (mm.pt.get(page) & f.PFN_MASK) >> PAGE_SHIFT
+            data[frame] = bytearray([value]) * PAGE_SIZE
+    return last - first

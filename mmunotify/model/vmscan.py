@@ -1,0 +1,348 @@
+"""Reclaim: which pages go, asking the drivers first, and how each is taken away.
+
+A page is aged (`folio_referenced`: its entries' accessed bits and the drivers', I-AGE), unmapped
+everywhere (`try_to_unmap`, one announcement per VMA that may map it), written if need be, and
+freed. Reverse-map locks are held for reading around both walks.
+
+Source: mm/vmscan.c, mm/rmap.c.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any, Final
+
+from mmunotify.errors import MmError
+from mmunotify.ranges import PAGE_SHIFT, Event
+from . import flags as f
+from . import frames as fr
+from . import lru as lists
+from .filemap import File
+from .ksm import StableNode
+from .rmap import AnonVma
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from mmunotify.locks import RmapLock
+    from .machine import Machine
+    from .mm import AddressSpace
+    from .vma import Vma
+
+_BATCH: Final = 32
+_KEPT: Final = fr.PG_UNEVICTABLE | fr.PG_MLOCKED
+
+
+class Reclaim:
+    """The part of a machine that takes pages back."""
+
+    def __init__(self, machine: Machine[Any]) -> None:
+        self.machine: Final = machine
+        self._busy = False
+
+    # ------------------------------------------------------------------ reverse map walks
+
+    def mappings(self, frame: int) -> tuple[RmapLock | None, list[tuple[Vma, int]]]:
+        """The lock of a page's reverse map, and the (VMA, page) that may map it, in order."""
+        where = self.machine.frames.rmap[frame]
+        index = where & fr.INDEX_MASK
+        owner = self.machine.owners[where >> fr.OWNER_SHIFT]
+        if isinstance(owner, StableNode):
+            return owner.lock, owner.mappings()
+        if owner is None:
+            return None, []
+        if isinstance(owner, AnonVma):
+            tree, lock = owner.tree, owner.lock
+        else:
+            tree, lock = owner.i_mmap, owner.i_mmap_lock
+        return lock, [
+            (vma, vma.first + index - vma.pgoff) for vma in tree.overlapping(index, index + 1)
+        ]
+
+    async def referenced(self, frame: int) -> tuple[int, int]:
+        """How many mappings were accessed since last asked, and their VM_ flags (folio_referenced).
+
+        Clears the accessed bits of entries and drivers, whoever has them.
+        """
+        lock, _ = self.mappings(frame)
+        if lock is None:
+            return 0, 0
+        count = flags = 0
+        async with lock.reading():
+            for vma, page in self.mappings(frame)[1]:
+                mm = vma.mm
+                if not mm.maps(page, frame):
+                    continue
+                if vma.flags & f.VM_LOCKED:
+                    return 0, f.VM_LOCKED
+                if _clear_young(mm, page):
+                    count += 1
+                    flags |= vma.flags
+        return count, flags
+
+    async def try_to_unmap(self, frame: int) -> bool:
+        """Take a page out of every page table; False if somebody must keep it."""
+        lock, _ = self.mappings(frame)
+        if lock is None:
+            return True
+        words = self.machine.frames.word
+        async with lock.reading():
+            for vma, page in self.mappings(frame)[1]:
+                if vma.mm.users and not await self._unmap_one(vma, page, frame):
+                    return False
+                if not words[frame] & fr.MAP_MASK:
+                    break
+        return not words[frame] & fr.MAP_MASK
+
+    async def _unmap_one(self, vma: Vma, page: int, frame: int) -> bool:
+        mm = vma.mm
+        notifiers = mm.notifiers
+        if not notifiers.armed:
+            return self._clear_entry(vma, page, frame)
+        async with mm.section(page, page + 1, Event.CLEAR) as section:
+            done = self._clear_entry(vma, page, frame)
+        if section.pending:
+            await mm.release_gather(section)
+        if section.failed:
+            self.machine.frames.get(frame)
+            self.machine.frames.leaked += 1
+        return done
+
+    def _clear_entry(self, vma: Vma, page: int, frame: int) -> bool:
+        """The PT step: put a swap entry, or nothing, where the page was."""
+        mm = vma.mm
+        if not mm.maps(page, frame):
+            return True
+        if vma.flags & f.VM_LOCKED:
+            self.machine.mlock(frame)
+            return False
+        frames, swap = self.machine.frames, self.machine.swap
+        pte = mm.pt.leaf_of(page).pte
+        entry = pte[page & 511]
+        pte[page & 511] = 0
+        mm.flush_tlb(page, page + 1)
+        word = frames.word[frame]
+        left = 0
+        if word & fr.PG_ANON:
+            if word & fr.PG_SWAPBACKED:
+                slot = swap.slot_of[frame]
+                swap.dup(slot)
+                left = slot << PAGE_SHIFT | f.SWP_SWAP | entry & f.PTE_UFFD_WP
+                if word & fr.PG_EXCLUSIVE:
+                    left |= f.SWP_EXCLUSIVE
+                if entry & f.PTE_DIRTY:
+                    frames.word[frame] |= fr.PG_DIRTY
+            elif entry & f.PTE_DIRTY or word & fr.REF_MASK != 1 + (
+                (word & fr.MAP_MASK) >> fr.MAP_SHIFT
+            ):
+                # Written since MADV_FREE: it is put back, and is swap-backed again.
+                pte[page & 511] = entry
+                frames.word[frame] |= fr.PG_SWAPBACKED
+                return False
+        else:
+            if entry & f.PTE_DIRTY:
+                frames.word[frame] |= fr.PG_DIRTY
+            if entry & f.PTE_UFFD_WP:
+                left = f.MARKER_UFFD_WP
+        pte[page & 511] = left
+        self.machine.remove_rmap(frame)
+        frames.put(frame)
+        return True
+
+    # ------------------------------------------------------------------ one page
+
+    async def shrink(self, frames: Iterable[int], *, force: bool) -> int:
+        """Try to free pages that `Lru.take` or a caller isolated; how many were freed.
+
+        With `force` nobody is asked whether the page was used (MADV_PAGEOUT).
+        """
+        words = self.machine.frames.word
+        freed = 0
+        for frame in frames:
+            if not words[frame] & fr.PG_LRU:
+                continue
+            generation = words[frame] & fr.GEN_MASK
+            self.machine.frames.get(frame)
+            try:
+                await self._shrink_one(frame, force)
+            finally:
+                self.machine.put_page(frame)
+            if words[frame] & fr.GEN_MASK != generation:
+                freed += 1
+            elif not words[frame] & _KEPT:
+                self.machine.lru.move(frame)
+        return freed
+
+    async def _shrink_one(self, frame: int, force: bool) -> None:
+        machine = self.machine
+        words, swap = machine.frames.word, machine.swap
+        if words[frame] & _KEPT:
+            return
+        if not force and not await self._is_cold(frame):
+            return
+        word = words[frame]
+        if word & fr.PG_ANON and word & fr.PG_SWAPBACKED and not word & fr.PG_SWAPCACHE:
+            slot = -1 if word & fr.PG_PINNED else swap.alloc()
+            if slot < 0:
+                words[frame] |= fr.PG_ACTIVE
+                return
+            swap.add_to_cache(frame, slot)
+            words[frame] |= fr.PG_DIRTY
+        if words[frame] & fr.MAP_MASK and not await self.try_to_unmap(frame):
+            words[frame] |= fr.PG_ACTIVE
+            if words[frame] & fr.PG_SWAPCACHE and words[frame] & fr.PG_MLOCKED:
+                swap.try_free(frame)
+            return
+        word = words[frame]
+        if word & fr.PG_PINNED:
+            words[frame] |= fr.PG_ACTIVE
+            return
+        if word & fr.PG_DIRTY and not self._write_out(frame):
+            return
+        word = words[frame]
+        if word & fr.REF_MASK != 2:
+            return
+        if word & fr.PG_SWAPCACHE:
+            swap.delete_from_cache(frame)
+        elif word & fr.PG_PAGECACHE:
+            where = machine.frames.rmap[frame]
+            owner = machine.owners[where >> fr.OWNER_SHIFT]
+            assert isinstance(owner, File)
+            owner.remove(where & fr.INDEX_MASK)
+
+    async def _is_cold(self, frame: int) -> bool:
+        """Whether reclaim may take a page of the inactive list (folio_check_references)."""
+        words = self.machine.frames.word
+        count, flags = await self.referenced(frame)
+        if flags & f.VM_LOCKED:
+            self.machine.mlock(frame)
+            return False
+        was = words[frame] & fr.PG_REFERENCED
+        words[frame] &= ~fr.PG_REFERENCED
+        if not count:
+            return True
+        words[frame] |= fr.PG_REFERENCED
+        file = not words[frame] & fr.PG_SWAPBACKED
+        if was or count > 1 or (flags & f.VM_EXEC and file):
+            words[frame] |= fr.PG_ACTIVE
+        return False
+
+    def _write_out(self, frame: int) -> bool:
+        """Write a dirty page to swap; False if it has to wait for the flusher (pageout)."""
+        machine = self.machine
+        words, swap = machine.frames.word, machine.swap
+        word = words[frame]
+        if word & fr.PG_SWAPCACHE:
+            if word & fr.REF_MASK != 2:
+                return False
+            swap.write(frame, swap.slot_of[frame])
+            return True
+        if not word & fr.PG_PAGECACHE:
+            return True
+        where = machine.frames.rmap[frame]
+        owner = machine.owners[where >> fr.OWNER_SHIFT]
+        index = where & fr.INDEX_MASK
+        assert isinstance(owner, File)
+        if owner.kind == "ext4":
+            # PG_reclaim: the flusher will free it; until then fault-around leaves it alone.
+            words[frame] |= fr.PG_READAHEAD | fr.PG_ACTIVE
+            return False
+        if word & fr.REF_MASK != 2:
+            return False
+        slot = swap.alloc()
+        if slot < 0:
+            words[frame] |= fr.PG_ACTIVE
+            return False
+        swap.write(frame, slot)
+        swap.dup(slot)
+        owner.swapped[index] = slot
+        return True
+
+    # ------------------------------------------------------------------ the lists
+
+    async def reclaim(self, wanted: int) -> int:
+        """Free at least `wanted` pages if that can be; how many were freed.
+
+        Inactive pages first; active ones are made inactive, unless they were used, while the
+        inactive list is the shorter one. May suspend.
+        """
+        lru = self.machine.lru
+        freed = 0
+        scanned = 0
+        # Twice round all lists without a page: whatever is left cannot be taken.
+        limit = 3 * sum(lru.size(which) for which in range(4)) + _BATCH
+        while freed < wanted and scanned < limit:
+            before = freed
+            for inactive in (lists.INACTIVE_FILE, lists.INACTIVE_ANON):
+                if lru.size(inactive) <= lru.size(inactive + 1):
+                    await self._shrink_active(inactive + 1)
+                freed += await self.shrink(lru.take(inactive, _BATCH), force=False)
+                if freed >= wanted:
+                    break
+            scanned = 0 if freed > before else scanned + _BATCH
+            await self.machine.cond_resched(_BATCH)
+        return freed
+
+    async def _shrink_active(self, which: int) -> None:
+        """Age the oldest active pages; executable file pages that were used stay."""
+        machine = self.machine
+        words = machine.frames.word
+        for frame in machine.lru.take(which, _BATCH):
+            count, flags = await self.referenced(frame)
+            file = not words[frame] & fr.PG_SWAPBACKED
+            if not (count and flags & f.VM_EXEC and file):
+                words[frame] &= ~fr.PG_ACTIVE
+            if words[frame] & fr.PG_LRU:
+                machine.lru.move(frame)
+
+    async def balance(self) -> None:
+        """Reclaim until there is room for allocations; MmError (ENOMEM) if there is none."""
+        machine = self.machine
+        frames = machine.frames
+        if frames.free > machine.low:
+            return
+        freed = await self.reclaim(machine.high - frames.free)
+        if not freed and frames.free == 0:
+            raise MmError(
+                errno.ENOMEM,
+                f"{machine.name}: out of memory, {frames.used} frames and {machine.swap.used} "
+                "swap slots in use",
+            )
+
+    async def force_empty(self) -> None:
+        """Reclaim everything that can be (memory.force_empty): write back, age, take."""
+        for file in list(self.machine.files):
+            await file.writeback()
+        lru = self.machine.lru
+        for _ in range(16):
+            freed = 0
+            total = 0
+            for which in (lists.ACTIVE_FILE, lists.ACTIVE_ANON):
+                for _ in range(lru.size(which) // _BATCH + 1):
+                    await self._shrink_active(which)
+            for which in (lists.INACTIVE_FILE, lists.INACTIVE_ANON):
+                isolated = lru.take(which, lru.size(which))
+                total += len(isolated)
+                freed += await self.shrink(isolated, force=False)
+            if not total:
+                break
+
+
+def _clear_young(mm: AddressSpace[Any], page: int) -> bool:
+    """Test and clear the accessed bit of an entry and of the drivers (ptep_clear_flush_young)."""
+    huge = page >> 9 in mm.pt.huge
+    entry = mm.pt.get(page)
+    young = bool(entry & f.PTE_ACCESSED)
+    if young:
+        if huge:
+            mm.pt.huge[page >> 9] &= ~f.PTE_ACCESSED
+        else:
+            mm.set_pte(page, entry & ~f.PTE_ACCESSED)
+        mm.flush_tlb(page, page + 1)
+    if mm.notifiers.armed:
+        span = 512 if huge else 1
+        start = page & ~(span - 1)
+        young |= mm.notifiers.clear_flush_young(
+            start << PAGE_SHIFT, (start + span) << PAGE_SHIFT
+        )
+    return young
