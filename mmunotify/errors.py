@@ -43,6 +43,8 @@ MmuNotifyError
 
 from __future__ import annotations
 
+import errno
+
 
 class MmuNotifyError(Exception):
     """What every exception raised by mmunotify has as its base."""
@@ -127,8 +129,27 @@ class BrokenInvalidate(DriverError):
     """An interval's `invalidate` refused where nobody may, or did not call `set_seq`."""
 
 
+class MmError(MmuNotifyError, OSError):
+    """What a system call of the model returns as -errno: `errno`, what was asked, what was found."""
+
+    def __init__(self, number: int, what: str) -> None:
+        super().__init__(number, what)
+
+
 class BadAddress(MmuNotifyError, OSError):
-    """-EFAULT: the access is one for which the process itself would get a signal."""
+    """-EFAULT: the access is one for which the process itself would get a signal.
+
+    `signal` is "SEGV" or "BUS", `code` its si_code (SEGV: 1 nothing is mapped, 2 not permitted;
+    BUS: 2 beyond the end of the file), `address` the byte that was accessed.
+    """
+
+    def __init__(
+        self, what: str, *, signal: str = "SEGV", code: int = 1, address: int = 0
+    ) -> None:
+        super().__init__(errno.EFAULT, what)
+        self.signal = signal
+        self.code = code
+        self.address = address
 
 
 class StaleTranslation(MmuNotifyError):
