@@ -361,9 +361,8 @@ class DictMm:
                 region = next(self.regions(address, address + 1), None)
                 if region is None or (write and not region.writable):
                     raise mn.BadAddress(
-                        errno.EFAULT,
                         f"{'write' if write else 'read'} at {address:#x}: expected an address "
-                        f"that is mapped{' writable' if write else ''}",
+                        f"that is mapped{' writable' if write else ''}"
                     )
                 pte = self._ptes.get(page)
                 if pte is None:
