@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import subprocess
@@ -450,6 +451,31 @@ async def test_who_finds_it_held_learns_who_holds_it_and_where() -> None:
     taken, _, suspended = message.partition("suspended at")
     assert line_of(holder, "ptl:") in taken
     assert line_of(holder, "wait_all_tasks_blocked") in suspended
+
+
+async def test_every_suspension_is_found_not_only_the_first() -> None:
+    for _ in range(3):
+        with pytest.raises(ScheduleWhileAtomic), SpinLock("page_table_lock"):
+            await nap()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+async def test_a_holder_that_runs_beneath_an_eager_task_is_not_suspended(
+    anyio_backend_name: str,
+) -> None:
+    if anyio_backend_name != "asyncio":
+        pytest.skip("eager tasks are asyncio's")
+    ptl = SpinLock("page_table_lock")
+
+    async def eager() -> str:
+        with pytest.raises(SpinlockHeld) as caught, ptl:
+            pytest.fail("two holders")
+        return str(caught.value)
+
+    make_task: Any = asyncio.Task
+    with ptl:
+        task = make_task(eager(), loop=asyncio.get_running_loop(), eager_start=True)
+    assert "was suspended at" not in await task
 
 
 def test_another_backend_reports_its_steps() -> None:

@@ -301,6 +301,22 @@ async def test_stop_machine_body_must_not_suspend() -> None:
             await anyio.lowlevel.checkpoint()
 
 
+# MmBarrier --------------------------------------------------------------------------------------
+
+
+async def test_mm_barrier_passes_each_lock_once_and_keeps_none() -> None:
+    locks = reached_by_vmas(RwSems)
+    found: list[set[str]] = []
+
+    def signal_pending() -> bool:
+        found.append(held(locks))
+        return False
+
+    async with MmBarrier().taking(locks, signal_pending=signal_pending):
+        assert held(locks) == set()
+    assert found == [set()] * 4
+
+
 # With lockdep -----------------------------------------------------------------------------------
 
 
