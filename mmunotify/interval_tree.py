@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SCANNED: Final = 100
-"""How many intervals are scanned at most. A tree goes back to scanning at half of them."""
+"""How many intervals are scanned at most, unless a tree is told otherwise."""
 
 
 class Node(Generic[T]):
@@ -49,14 +49,18 @@ class Node(Generic[T]):
 
 
 class IntervalTree(Generic[T]):
-    """A set of half-open intervals that can be asked for those that overlap a range."""
+    """A set of half-open intervals that can be asked for those that overlap a range.
 
-    __slots__ = ("_inserted", "_length", "_root", "_scanned")
+    Up to `scanned` of them are scanned, and again when half of that are left.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_inserted", "_length", "_nodes", "_root", "_scanned")
+
+    def __init__(self, scanned: int = SCANNED) -> None:
+        self._scanned = scanned
         self._inserted = 0
         self._length = 0
-        self._scanned: list[Node[T]] = []
+        self._nodes: list[Node[T]] = []
         """All nodes in order, as long as there is no tree."""
         self._root: Node[T] | None = None
 
@@ -71,28 +75,28 @@ class IntervalTree(Generic[T]):
         if self._root is not None:
             self._root = _insert(self._root, node)
         else:
-            insort(self._scanned, node, key=_order)
-            if self._length > SCANNED:
-                for each in self._scanned:
+            insort(self._nodes, node, key=_order)
+            if self._length > self._scanned:
+                for each in self._nodes:
                     self._root = _insert(self._root, each)
-                self._scanned.clear()
+                self._nodes.clear()
         return node
 
     def remove(self, node: Node[T]) -> None:
         """Take out a node that is in the tree."""
         self._length -= 1
         if self._root is None:
-            del self._scanned[bisect_left(self._scanned, node.order, key=_order)]
+            del self._nodes[bisect_left(self._nodes, node.order, key=_order)]
             return
         self._root = _remove(self._root, node)
-        if self._length <= SCANNED // 2:
-            self._scanned.extend(_ascending(self._root))
+        if self._length <= self._scanned // 2:
+            self._nodes.extend(_ascending(self._root))
             self._root = None
 
     def overlapping(self, start: int, end: int) -> list[T]:
         """The items whose intervals have an address of [start, end), by ascending start."""
         if self._root is None:
-            return [node.item for node in self._scanned if node.start < end and start < node.end]
+            return [node.item for node in self._nodes if node.start < end and start < node.end]
         found: list[T] = []
         above: list[Node[T]] = []
         node: Node[T] | None = self._root
