@@ -49,7 +49,7 @@ def test_finds_what_a_list_finds_while_intervals_come_and_go(seed: int, space: i
     sizes: list[int] = []
     for item in range(1600):
         growing = item % 800 < 400
-        if not there or rng.random() < (0.8 if growing else 0.2):
+        if not there or rng.random() < (0.8 if growing else 0.1):
             start = rng.randrange(space)
             end = start + rng.choice([1, 3, 50, space])
             there[item] = (start, end, tree.insert(start, end, item))
