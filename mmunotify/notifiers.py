@@ -243,9 +243,22 @@ class Notifiers(Dispatch, Generic[L]):
         subscription.users -= 1
         if subscription.users == 0:
             subscription.over = True
-            del self._shared[type(subscription.driver)]
+            self._shared = {
+                asked: sub for asked, sub in self._shared.items() if sub is not subscription
+            }
             self._unhash(subscription)
             self._after_sections(lambda: self.srcu.call(lambda: self._free(subscription)))
+
+    async def barrier(self) -> None:
+        """Wait until every driver that has been put for the last time is freed.
+
+        For whoever unloads a driver's code. Raises CalledFromCallback inside any callback. Source:
+        mmu_notifier_synchronize, which today no longer waits for the queued callbacks.
+        """
+        self._enter()
+        self.refuse_in_callback("barrier")
+        await self._sections_over()
+        await self.srcu.barrier()
 
     async def release(self) -> None:
         """The address space exits: every driver's `release`, newest first, then off the list.
@@ -264,7 +277,8 @@ class Notifiers(Dispatch, Generic[L]):
         interrupted: BaseException | None = None
         with CancelScope(shield=True) as scope:
             for sub in leaving:
-                interrupted = await self._release_one(sub, scope) or interrupted
+                if sub.release_begun or not sub.over:  # else it was put meanwhile
+                    interrupted = await self._release_one(sub, scope) or interrupted
             for sub in leaving:
                 if not sub.driver.passes_on:
                     self._unhash(sub)
@@ -356,11 +370,13 @@ class Notifiers(Dispatch, Generic[L]):
     ) -> Subscription[AnyDriver]:
         self._enter()
         self.refuse_in_callback("get")
+        self._refuse_after_exit(driver_type)
         sub = self._shared.get(driver_type)
         if sub is not None and sub.settled:
             sub.users += 1
             return sub
         async with quiesce() if quiesce is not None else contextlib.nullcontext():
+            self._refuse_after_exit(driver_type)
             sub = self._shared.get(driver_type)
             if sub is None:
                 sub = self._shared[driver_type] = self._publish((factory or driver_type)())
@@ -387,11 +403,7 @@ class Notifiers(Dispatch, Generic[L]):
                 f"this {type(driver).__qualname__} serves {driver.serves}: expected an instance "
                 "that was never registered, because one instance serves one address space"
             )
-        if self._exiting:
-            raise AddressSpaceExited(
-                f"{self.name} has exited: expected to register {type(driver).__qualname__} while "
-                "mm_users > 0"
-            )
+        self._refuse_after_exit(type(driver))
         driver.attach(self.primary)
         driver.serves = self.name
         sub = Subscription(driver, self, self.name)
@@ -400,6 +412,13 @@ class Notifiers(Dispatch, Generic[L]):
         self._subscriptions.insert(first, sub)
         self._replace()
         return sub
+
+    def _refuse_after_exit(self, driver_type: type[AnyDriver]) -> None:
+        if self._exiting:
+            raise AddressSpaceExited(
+                f"{self.name} has exited: expected to register {driver_type.__qualname__} while "
+                "mm_users > 0"
+            )
 
     async def _sections_over(self) -> None:
         """Wait until every section that began before this call with an older list is over."""
