@@ -221,7 +221,7 @@ _tasks: Final[dict[object, _Task]] = {}
 
 
 def _identity() -> object:
-    """The running task of whatever event loop this is; the thread where there is none."""
+    """The running task: asyncio's or trio's, of another loop its coroutine, or else the thread."""
     # An event loop that runs has been imported, and the others need not be.
     asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
     try:
@@ -236,19 +236,19 @@ def _identity() -> object:
     except RuntimeError:
         pass
     try:
-        return ("anyio task", anyio.get_current_task().id)
+        return anyio.get_current_task().coro
     except RuntimeError:
         return threading.current_thread()
 
 
 def _name(identity: Any) -> str:
-    if hasattr(identity, "get_name"):
-        return f"task {identity.get_name()!r}"
     if isinstance(identity, threading.Thread):
         return f"thread {identity.name!r}"
-    if isinstance(identity, tuple):
-        return f"task {anyio.get_current_task().name!r}"
-    return f"task {identity.name!r}"
+    if hasattr(identity, "get_name"):
+        return f"task {identity.get_name()!r}"
+    if hasattr(identity, "name"):
+        return f"task {identity.name!r}"
+    return f"task {anyio.get_current_task().name!r}"
 
 
 def _current() -> _Task:
@@ -509,24 +509,23 @@ def held() -> tuple[HeldLock, ...]:
 # Scheduling while atomic ------------------------------------------------------------------------
 
 
-def after_step(coroutine: object = None) -> None:
+def after_step() -> None:
     """An event loop calls this between two tasks: atomic sections that are open were left open.
 
-    On asyncio and trio lockdep sees to that; another backend calls it after each step of a task,
-    with the task's coroutine, in which the line is looked up. Whoever leaves such a section gets
-    `ScheduleWhileAtomic`.
+    On asyncio and trio lockdep sees to that; another of anyio's backends calls it after each step
+    of a task. Whoever leaves such a section gets `ScheduleWhileAtomic`.
     """
     for task in tuple(_tasks.values()):  # Other threads add theirs meanwhile.
         for held in task.atomic:
-            _note_suspension(held, coroutine)
+            _note_suspension(held)
 
 
-def _note_suspension(held: HeldLock, coroutine: Any = None) -> None:
+def _note_suspension(held: HeldLock) -> None:
     """Write down where the holder is suspended, unless it runs: in another thread, or beneath us.
 
     A task can run beneath another that it started eagerly.
     """
-    coroutine = coroutine or _coroutine(held.owner.identity)
+    coroutine = _coroutine(held.owner.identity)
     running = getattr(coroutine, "cr_running", False)
     if held.suspended_at is None and held.owner.thread == threading.get_ident() and not running:
         held.suspended_at = _suspended_at(coroutine)
@@ -542,7 +541,9 @@ def found_held(lock: LockLike) -> HeldLock | None:
 
 def _coroutine(identity: Any) -> Any:
     """The coroutine of a task: asyncio's has a method for it, trio's an attribute."""
-    return identity.get_coro() if hasattr(identity, "get_coro") else getattr(identity, "coro", None)
+    if hasattr(identity, "get_coro"):
+        return identity.get_coro()
+    return getattr(identity, "coro", identity)
 
 
 class _TrioInstrument:

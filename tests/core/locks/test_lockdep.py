@@ -478,8 +478,8 @@ async def test_a_holder_that_runs_beneath_an_eager_task_is_not_suspended(
     assert "was suspended at" not in await task
 
 
-def test_another_backend_reports_its_steps() -> None:
-    """Neither asyncio nor trio: a loop that runs one coroutine by hand."""
+def test_another_backend_reports_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither asyncio nor trio: a loop of anyio's that runs one coroutine by hand."""
     ptl = SpinLock("page_table_lock")
 
     class Step:
@@ -491,9 +491,11 @@ def test_another_backend_reports_its_steps() -> None:
             await Step()
 
     coroutine = holder()
+    current = anyio.TaskInfo(1, None, "the holder", coroutine)
+    monkeypatch.setattr(anyio, "get_current_task", lambda: current)
     coroutine.send(None)
-    lockdep.after_step(coroutine)
-    with pytest.raises(ScheduleWhileAtomic) as caught:
+    lockdep.after_step()
+    with pytest.raises(ScheduleWhileAtomic, match="taken by task 'the holder'") as caught:
         coroutine.send(None)
     suspended = str(caught.value).partition("suspended at")[2]
     assert line_of(holder, "await Step()") in suspended
