@@ -16,8 +16,6 @@ end of an edge, because entering one never waits.
 
 from __future__ import annotations
 
-import gc
-import inspect
 import itertools
 import os
 import re
@@ -32,10 +30,12 @@ import attrs
 
 from mmunotify.errors import LockNotHeld, LockOrderViolation, LockRecursion, ScheduleWhileAtomic
 
+from .places import Places, at, callers, suspended_at
+from .places import await_frames as await_frames
+
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Generator, Iterator
-    from types import FrameType
+    from collections.abc import Generator
 
 enabled: bool = False
 """Whether locks that are made from now on are checked."""
@@ -84,95 +84,6 @@ def class_of(name: str) -> str:
     return match[0] if match else name
 
 
-# Where: a few frames of the callers, innermost first -------------------------------------------
-
-
-class Place(NamedTuple):
-    """One line of the program."""
-
-    file: str
-    line: int
-    function: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}"
-
-
-Places = tuple[Place, ...]
-
-_DEPTH: Final = 3
-_SKIPPED: Final = (__package__ or "", "contextlib")
-_EVENT_LOOPS: Final = ("asyncio", "trio", "anyio")
-_kinds: Final[dict[str, str]] = {}
-"""What kind of code a file holds, by file name: looked up once for each."""
-
-
-def _kind(frame: FrameType) -> str:
-    file = frame.f_code.co_filename
-    kind = _kinds.get(file)
-    if kind is None:
-        dotted = f"{frame.f_globals.get('__name__')}."
-        kind = "user"
-        if dotted.startswith(tuple(f"{name}." for name in _SKIPPED)):
-            kind = "skipped"
-        elif dotted.startswith(tuple(f"{name}." for name in _EVENT_LOOPS)):
-            kind = "event loop"
-        _kinds[file] = kind
-    return kind
-
-
-def _place(frame: FrameType) -> Place:
-    return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
-
-
-def _callers() -> Places:
-    places: list[Place] = []
-    frame = inspect.currentframe()
-    while frame is not None and len(places) < _DEPTH:
-        kind = _kind(frame)
-        if kind == "user":
-            places.append(_place(frame))
-        elif kind == "event loop":
-            break
-        frame = frame.f_back
-    return tuple(places)
-
-
-def _at(places: Places) -> str:
-    if not places:
-        return "an unknown line"
-    first, *others = map(str, places)
-    return first + "".join(f"\n        called from {place}" for place in others)
-
-
-def await_frames(awaited: Any) -> Iterator[FrameType]:
-    """The frames of a suspended coroutine and of what it awaits, outermost first."""
-    while awaited is not None:
-        if hasattr(awaited, "cr_await"):
-            frame, awaited = awaited.cr_frame, awaited.cr_await
-        elif hasattr(awaited, "ag_await"):
-            frame, awaited = awaited.ag_frame, awaited.ag_await
-        elif hasattr(awaited, "gi_yieldfrom"):
-            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
-        elif type(awaited).__name__ in ("async_generator_asend", "async_generator_athrow"):
-            # The generator behind these two is not exposed, but the garbage collector knows it.
-            referents = gc.get_referents(awaited)
-            awaited = next((one for one in referents if hasattr(one, "ag_await")), None)
-            continue
-        else:
-            return
-        if frame is not None:
-            yield frame
-
-
-def _suspended_at(coroutine: Any) -> Places:
-    places: Places = ()
-    for frame in await_frames(coroutine):
-        if _kind(frame) == "user":
-            places = (_place(frame), *places)[:_DEPTH]
-    return places
-
-
 # Who: tasks and what they hold ------------------------------------------------------------------
 
 
@@ -196,9 +107,9 @@ class HeldLock:
     """Set when the event loop ran although it is atomic: where its holder was suspended."""
 
     def __str__(self) -> str:
-        text = f"{self.lock.name} ({self.mode}), taken by {self.task} at {_at(self.places)}"
+        text = f"{self.lock.name} ({self.mode}), taken by {self.task} at {at(self.places)}"
         if self.suspended_at is not None:
-            text += f"\n  whose task was suspended at {_at(self.suspended_at)}"
+            text += f"\n  whose task was suspended at {at(self.suspended_at)}"
         return text
 
 
@@ -280,8 +191,8 @@ class _Edge(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"  {self.task} held {self.held}, taken at {_at(self.held_at)}\n"
-            f"    and called {self.call} at {_at(self.called_at)}"
+            f"  {self.task} held {self.held}, taken at {at(self.held_at)}\n"
+            f"    and called {self.call} at {at(self.called_at)}"
         )
 
 
@@ -316,9 +227,7 @@ def _add_edge(held: HeldLock, lock: LockLike, what: str) -> None:
     before, after = held.lock.lock_class, lock.lock_class
     if after in _graph.get(before, ()):
         return
-    edge = _Edge(
-        before, held.task, f"{held.lock.name} ({held.mode})", held.places, what, _callers()
-    )
+    edge = _Edge(before, held.task, f"{held.lock.name} ({held.mode})", held.places, what, callers())
     path = _path(after, before)
     if path is not None:
         classes = " -> ".join((before, *(step.held_class for step in path), before))
@@ -334,7 +243,7 @@ def _check_same_class(task: _Task, lock: LockLike, what: str) -> None:
     own = records.get(lock)
     if own is not None:
         raise LockRecursion(
-            f"{what} by {task.name} at {_at(_callers())}\n"
+            f"{what} by {task.name} at {at(callers())}\n"
             f"  would wait for itself, it already holds {own}"
         )
     if task.nesting:
@@ -342,14 +251,14 @@ def _check_same_class(task: _Task, lock: LockLike, what: str) -> None:
     for held in records.values():
         if lock.order is None or held.lock.order is None:
             raise LockRecursion(
-                f"{what} by {task.name} at {_at(_callers())}\n"
+                f"{what} by {task.name} at {at(callers())}\n"
                 f"  which already holds a lock of class {lock.lock_class}: {held}\n"
                 "  (give the locks an order=, or declare it with lockdep.nest)"
             )
         if lock.order <= held.lock.order:
             raise LockOrderViolation(
                 f"locks of class {lock.lock_class} are taken in ascending order; {what} of order "
-                f"{lock.order:#x} by {task.name} at {_at(_callers())}\n"
+                f"{lock.order:#x} by {task.name} at {at(callers())}\n"
                 f"  which already holds order {held.lock.order:#x}: {held}"
             )
 
@@ -379,7 +288,7 @@ def acquired(lock: LockLike, mode: str, *, atomic: bool = False) -> HeldLock:
     if held is not None:
         held.depth += 1
         return held
-    held = records[lock] = HeldLock(lock, mode, task.name, _callers(), task, atomic)
+    held = records[lock] = HeldLock(lock, mode, task.name, callers(), task, atomic)
     if atomic:
         task.atomic[held] = None
         _watch(task.identity)
@@ -428,7 +337,7 @@ def released(lock: LockLike) -> None:
 
 def _sleeping(task: _Task, what: str) -> ScheduleWhileAtomic:
     return ScheduleWhileAtomic(
-        f"{what} may sleep: called by {task.name} at {_at(_callers())}\n"
+        f"{what} may sleep: called by {task.name} at {at(callers())}\n"
         f"  inside {next(reversed(task.atomic))}"
     )
 
@@ -492,7 +401,7 @@ def assert_held(lock: LockLike) -> None:
     if enabled and find(lock) is None:
         other = holder(lock)
         raise LockNotHeld(
-            f"{lock.name} must be held by {_name(_identity())} at {_at(_callers())}"
+            f"{lock.name} must be held by {_name(_identity())} at {at(callers())}"
             + (f"\n  it is held as {other}" if other is not None else "; nobody holds it")
         )
 
@@ -528,7 +437,7 @@ def _note_suspension(held: HeldLock) -> None:
     coroutine = _coroutine(held.owner.identity)
     running = getattr(coroutine, "cr_running", False)
     if held.suspended_at is None and held.owner.thread == threading.get_ident() and not running:
-        held.suspended_at = _suspended_at(coroutine)
+        held.suspended_at = suspended_at(coroutine)
 
 
 def found_held(lock: LockLike) -> HeldLock | None:
