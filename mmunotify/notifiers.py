@@ -266,11 +266,13 @@ class Notifiers(Dispatch, Generic[L]):
         Call it before any page of the address space is freed. Invalidations that come from the
         reverse map go on being delivered until each driver's release has returned. Nobody can
         register afterwards. May suspend; a cancellation is raised when it is done. A second call
-        returns at once. Source: __mmu_notifier_release.
+        returns at once. Raises CalledFromCallback inside any callback, as the last put of an
+        address space would be there. Source: __mmu_notifier_release.
         """
         self._enter()
         if self._exiting:
             return
+        self.refuse_in_callback("release")
         self._exiting = True
         began = time.monotonic_ns()
         leaving = tuple(self._subscriptions)
