@@ -10,7 +10,8 @@ every section that did not know the newest subscriber is over, which is what `re
 
 from __future__ import annotations
 
-from functools import cache, partial
+import inspect
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of
@@ -233,6 +234,7 @@ def _suspending(call: Call) -> Callable[..., Awaitable[object]]:
     if call.suspends:
         return callback
 
+    @wraps(callback)
     async def plain(*args: object) -> None:
         callback(*args)
 
@@ -271,6 +273,15 @@ _PLAIN: Final = frozenset(
         "test_young",
     )
 )
+
+
+def name_of(callback: Callable[..., Any]) -> str:
+    """A callback as "Driver.callback", whichever base class the driver has it from."""
+    callback = inspect.unwrap(callback)
+    driver = getattr(callback, "__self__", None)
+    if driver is None:
+        return getattr(callback, "__qualname__", repr(callback))
+    return f"{type(driver).__qualname__}.{callback.__name__}"
 
 
 def distribution_of(module: str) -> str | None:

@@ -22,7 +22,7 @@ import anyio.lowlevel
 from anyio import CancelScope
 
 from . import log
-from .audience import WATCHER, Audience, Call, Subscription, Watcher, distribution_of
+from .audience import WATCHER, Audience, Call, Subscription, Watcher, distribution_of, name_of
 from .drivers import AnyDriver, one_page
 from .errors import CalledFromCallback, ForeignThread, WouldBlock
 from .locks import SRCU, lockdep
@@ -417,7 +417,9 @@ class Dispatch:
         for frame in frames:
             variable = CALLING.get(frame.f_code)
             if variable is not None and frame.f_locals["self"].srcu is self.srcu:
-                yield getattr(frame.f_locals.get(variable), "__qualname__", frame.f_code.co_name)
+                found = frame.f_locals.get(variable)
+                if found is not None:  # else it waits for tasks that it has begun
+                    yield name_of(found.callback if isinstance(found, Call) else found)
 
     # ------------------------------------------------------------------ inside: telling
 

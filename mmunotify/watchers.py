@@ -7,6 +7,7 @@ nobody watches pays nothing.
 from __future__ import annotations
 
 import time
+from functools import wraps
 from typing import TYPE_CHECKING, Any, cast
 
 from . import log
@@ -134,6 +135,7 @@ class Tracer:
 
         if call.suspends:
 
+            @wraps(callback)
             async def suspending(*args: Any) -> Any:
                 span, parent, what, at = began(args)
                 try:
@@ -144,6 +146,7 @@ class Tracer:
 
             return call._replace(callback=suspending)
 
+        @wraps(callback)
         def plain(*args: Any) -> Any:
             span, parent, what, at = began(args)
             try:
