@@ -8,8 +8,6 @@ from typing import Annotated
 
 import anyio
 from cyclopts import App, Parameter
-from rich import print as rich_print
-from rich.table import Table
 
 from mmunotify.model.check import Excuses, Report, read_recordings, summary
 
@@ -53,11 +51,11 @@ def check(
         print(_headline(report), flush=True)
     agrees = all(report.agrees for report in reports)
     if not json and not agrees:
-        header, *rows = summary(reports)
-        table = Table(*header, box=None)
+        print()
+        rows = list(summary(reports))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            table.add_row(*row)
-        rich_print(table)
+            print("  ".join(map(str.ljust, row, widths)).rstrip())
     return 0 if agrees else 1
 
 

@@ -307,7 +307,10 @@ def _field(key: str, name: str) -> str:
 
 def _take_over(state: ProcessState, key: str, recorded: Any) -> None:
     if key == "vma":
-        state.vmas = [VmaState(*vma[:5], vma[6], vma[5]) for vma in recorded]
+        state.vmas = [
+            VmaState(start, end, permissions, file, offset, flags, counts)
+            for start, end, permissions, file, offset, counts, flags in recorded
+        ]
     elif key == "pg":
         state.codes = {
             page: code

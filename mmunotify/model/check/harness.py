@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
+
 from mmunotify.errors import BadAddress, MmError
 from mmunotify.model.flags import (
     FAULT_KERNEL,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 FRAMES: Final = 1 << 17
 SWAP_SLOTS: Final = 1 << 16
+PATIENCE: Final = 20
+"""Seconds that an operation may take; they take milliseconds."""
 PROTECTIONS: Final = {"r": PROT_READ, "w": PROT_WRITE, "x": PROT_EXEC}
 MAP_FLAGS: Final = {
     "populate": MAP_POPULATE,
@@ -119,9 +123,10 @@ class Harness:
             return outcome
         minor, major = actor.min_flt, actor.maj_flt
         try:
-            outcome.result = await handler(actor, operation.arguments)
+            with anyio.fail_after(PATIENCE):
+                outcome.result = await handler(actor, operation.arguments)
         except MmError as error:
-            outcome.result = -error.errno
+            outcome.result = -(error.errno or 0)
         except BadAddress:
             outcome.result = -errno.EFAULT
         except Exception as error:
@@ -140,10 +145,11 @@ class Harness:
         """Let every process exit, the parent by execve if that is how it ended."""
         outcome = Outcome()
         try:
-            if self._sequence.execs:
-                self._processes[PARENT] = await self._processes[PARENT].execve()
-            for mm in self._processes.values():
-                await mm.exit()
+            with anyio.fail_after(PATIENCE):
+                if self._sequence.execs:
+                    self._processes[PARENT] = await self._processes[PARENT].execve()
+                for mm in self._processes.values():
+                    await mm.exit()
         except Exception as error:
             outcome.problem = _describe(error)
         outcome.announcements = self._heard()
