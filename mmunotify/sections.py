@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 
 class _Section:
-    __slots__ = ("_dispatch", "failed", "rng", "told")
+    __slots__ = ("_dispatch", "rng", "told")
 
     told: Audience
 
     def __init__(self, dispatch: Dispatch, rng: Range) -> None:
         self._dispatch = dispatch
         self.rng = rng
-        self.failed: Failed = ()
-        """After the exit (and the sync): who was quarantined meanwhile. Leak the pages then."""
+
+    @property
+    def failed(self) -> Failed:
+        """Who was quarantined since the entry, also when the exit raised. Leak the pages then."""
+        return self.told.failed if hasattr(self, "told") else ()
 
 
 class Section(_Section):
@@ -44,14 +47,14 @@ class Section(_Section):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self.failed = await self._dispatch.invalidate_range_end(self.rng, self.told)
+            await self._dispatch.invalidate_range_end(self.rng, self.told)
         finally:
             if self._sync and self.told.sync_calls:
                 await self.sync()
 
     async def sync(self) -> None:
         """Let the deferred drivers finish: no lock held, pages not yet released."""
-        self.failed = await self._dispatch.invalidate_range_sync(self.rng, self.told)
+        await self._dispatch.invalidate_range_sync(self.rng, self.told)
 
 
 class AtomicSection(_Section):
@@ -69,11 +72,11 @@ class AtomicSection(_Section):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.failed = self._dispatch.invalidate_range_end_atomic(self.rng, self.told)
+        self._dispatch.invalidate_range_end_atomic(self.rng, self.told)
 
     async def sync(self) -> None:
         """Let the deferred drivers finish: locks dropped, pages not yet released."""
-        self.failed = await self._dispatch.invalidate_range_sync(self.rng, self.told)
+        await self._dispatch.invalidate_range_sync(self.rng, self.told)
 
 
 class NonblockSection(_Section):
@@ -91,4 +94,4 @@ class NonblockSection(_Section):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.failed = self._dispatch.invalidate_range_end_nonblock(self.rng, self.told)
+        self._dispatch.invalidate_range_end_nonblock(self.rng, self.told)
