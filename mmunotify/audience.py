@@ -143,11 +143,11 @@ class Audience:
         """Whether somebody can only be told by a coroutine."""
         self.ends_suspend = any(call.suspends for call in self.end_calls)
         self.concurrent = sum(sub.driver.concurrent for sub in self.subscriptions) > 1
-        # What the fast paths walk: the callbacks alone, all of one colour.
+        # What the fast paths walk: the callbacks alone, all of one colour; see forget_who_left.
         self.starts = tuple(call.callback for call in self.start_calls)
         self.ends = tuple(call.callback for call in self.end_calls)
-        self.suspending_starts = tuple(map(_suspending, self.start_calls))
-        self.suspending_ends = tuple(map(_suspending, self.end_calls))
+        self.suspending_starts = list(map(_suspending, self.start_calls))
+        self.suspending_ends = list(map(_suspending, self.end_calls))
         self.call_of = {
             callback: call
             for callbacks, calls in (
@@ -158,18 +158,24 @@ class Audience:
             )
             for callback, call in zip(callbacks, calls, strict=True)
         }
-        """Which call a callback of the four tuples above is."""
+        """Which call a callback of the four above is."""
         if self.suspends:
             self.starts = self.ends = (self.refuse,)
 
     def forget_who_left(self) -> None:
-        """Tell the ends of open sections only to who is still on the list."""
-        call_of = self.call_of
-        self.suspending_ends = tuple(
-            end for end in self.suspending_ends if call_of[end].subscription.hashed
-        )
+        """Tell open sections only to who is still on the list.
+
+        In place: a walk may be suspended in the middle of one of these lists.
+        """
+        for callbacks, calls in (
+            (self.suspending_starts, self.start_calls),
+            (self.suspending_ends, self.end_calls),
+        ):
+            for position, call in enumerate(calls):
+                if not call.subscription.hashed:
+                    callbacks[position] = _nothing
         if not self.suspends:
-            self.ends = tuple(end for end in self.ends if call_of[end].subscription.hashed)
+            self.ends = tuple(end for end in self.ends if self.call_of[end].subscription.hashed)
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
@@ -226,6 +232,10 @@ def _own(driver: AnyDriver, name: str) -> Callable[..., Any]:
     if getattr(callback, "__self__", None) is driver:
         return callback  # type: ignore[no-any-return]
     return partial(callback)
+
+
+async def _nothing(*args: object) -> None:
+    """What is called instead of the callbacks of who has left."""
 
 
 def _suspending(call: Call) -> Callable[..., Awaitable[object]]:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import sys
+from itertools import groupby
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import anyio
 import anyio.lowlevel
-from anyio import CancelScope
+from anyio import CancelScope, get_cancelled_exc_class
 
 from . import log
 from .audience import WATCHER, Audience, Call, Subscription, Watcher, distribution_of, name_of
@@ -158,7 +159,7 @@ class Dispatch:
         """Let the deferred drivers finish; after the locks are dropped, before pages are freed."""
         if not told.sync_calls:
             return told.failed
-        interrupted = await self._tell(told.sync_calls, rng)
+        interrupted = await self._tell(told.sync_calls, rng, concurrent=told.concurrent)
         if interrupted is not None:
             raise interrupted
         return told.failed
@@ -385,8 +386,9 @@ class Dispatch:
             awaited.discard(told)
         over = [done for awaited, done in self._drained if not awaited]
         self._drained = [entry for entry in self._drained if entry[0]]
-        for done in over:
-            done()
+        with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
+            for done in reversed(over):
+                all_of_them.callback(done)
 
     def _after_sections(self, done: Callable[[], object]) -> None:
         """Call `done` when every section of an older audience is over."""
@@ -434,10 +436,12 @@ class Dispatch:
         try:
             with CancelScope(shield=True):
                 if concurrent:
-                    await self._together(calls, self._finish, what, interruptions)
+                    await self._together(calls, self._finish_shielded, what, interruptions)
                 else:
                     for call in calls:
                         await self._finish(call, what, interruptions)
+        except get_cancelled_exc_class() as exc:  # a native one, while others were waited for
+            interruptions.append(exc)
         finally:
             self.srcu.read_unlock(index)
         return interruptions[0] if interruptions else None
@@ -459,6 +463,13 @@ class Dispatch:
             if interrupted is not None:
                 interruptions.append(interrupted)
 
+    async def _finish_shielded(
+        self, call: Call, what: Range | int, interruptions: list[BaseException]
+    ) -> None:
+        """`_finish` in a task group, which cancels its tasks when whoever waits is cancelled."""
+        with CancelScope(shield=True):
+            await self._finish(call, what, interruptions)
+
     async def _begin(self, call: Call, rng: Range, done: list[Call]) -> None:
         """One start among concurrent ones: `done` gets it when it has succeeded."""
         sub, start, suspends, _ = call
@@ -478,25 +489,35 @@ class Dispatch:
     async def _together(
         self, calls: Iterable[Call], tell: Callable[..., Coroutine[Any, Any, None]], *args: object
     ) -> None:
-        """`tell` each call: those that opt in at the same time, the others in order meanwhile."""
-        in_order = []
-        async with anyio.create_task_group() as tasks:
-            for call in calls:
-                if call.suspends and call.subscription.driver.concurrent:
-                    tasks.start_soon(tell, call, *args)
-                else:
-                    in_order.append(call)
-            for call in in_order:
-                await tell(call, *args)
+        """`tell` each call: those that opt in at the same time, the others in order meanwhile.
+
+        Watchers see the section begin before and end after all of them.
+        """
+        for watching, some in groupby(calls, lambda call: call.name == WATCHER):
+            if watching:
+                for call in some:
+                    await tell(call, *args)
+                continue
+            in_order = []
+            async with anyio.create_task_group() as tasks:
+                for call in some:
+                    if call.suspends and call.subscription.driver.concurrent:
+                        tasks.start_soon(tell, call, *args)
+                    else:
+                        in_order.append(call)
+                for call in in_order:
+                    await tell(call, *args)
 
     async def _start_concurrently(self, told: Audience, rng: Range) -> None:
         done: list[Call] = []
         index = self.srcu.read_lock()
         try:
             await self._together(told.start_calls, self._begin, rng, done)
-        except BaseException:
+        except BaseException as exc:
             await self._undo_start(told, done, rng)
-            raise
+            while isinstance(exc, BaseExceptionGroup):  # the task group's
+                exc = exc.exceptions[0]
+            raise exc
         finally:
             self.srcu.read_unlock(index)
 
@@ -585,7 +606,7 @@ class Dispatch:
         exc: BaseException,
         what: Range | int | None,
     ) -> None:
-        sub.failure = exc
+        sub.failure = sub.failure or exc
         self._log_failure(type(sub.driver), callback, exc, what)
 
     def _log_failure(
