@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
+from structlog.testing import capture_logs
 
 from mmunotify.locks import lockdep
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,13 @@ def own_state() -> Iterator[None]:
     yield
     lockdep.reset()
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[MutableMapping[str, Any]]]:
+    """What is logged in the test, instead of a page of console for each driver that fails."""
+    with capture_logs() as captured:
+        yield captured
 
 
 @pytest.fixture(params=["plain", "checked"])

@@ -15,7 +15,7 @@ from steps import run_now, settle
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-pytestmark = pytest.mark.usefixtures("both_forms")
+pytestmark = pytest.mark.usefixtures("both_forms", "lines")
 
 WAITING = ["register", "get", "unregister", "barrier", "release"]
 

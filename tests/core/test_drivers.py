@@ -14,7 +14,7 @@ from mmunotify.errors import DriverError, UnknownCallback, WrongColour
 from recorders import Atomic, Notebook, Sleepable
 from steps import run_now
 
-pytestmark = pytest.mark.usefixtures("both_forms")
+pytestmark = pytest.mark.usefixtures("both_forms", "lines")
 
 KINDS = [mn.AtomicDriver, mn.SleepableDriver, mn.DeferredDriver]
 COROUTINES = {

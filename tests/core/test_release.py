@@ -14,7 +14,7 @@ from mmunotify.errors import CallbackHung
 from recorders import Atomic, Concurrent, Deferred, Sleepable
 from steps import run_now, settle
 
-pytestmark = pytest.mark.usefixtures("both_forms")
+pytestmark = pytest.mark.usefixtures("both_forms", "lines")
 
 IDLE = mn.NotifiersStatistics(subscriptions=0, quarantined=0, open_sections=0, srcu_readers=0)
 

@@ -10,7 +10,7 @@ from mmunotify.errors import ScheduleWhileAtomic
 from recorders import Atomic, Deferred, Sleepable, Stop
 from steps import run_now, settle
 
-pytestmark = pytest.mark.usefixtures("both_forms")
+pytestmark = pytest.mark.usefixtures("both_forms", "lines")
 
 
 def page(number: int = 1) -> mn.Range:
