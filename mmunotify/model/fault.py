@@ -180,10 +180,12 @@ async def _do_wp_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: 
         mm.set_pte(page, (entry & ~f.PTE_UFFD_WP) | _NEW_WRITABLE)
         mm.machine.frames.word[frame] |= fr.PG_DIRTY
         return 0
-    return await wp_page_copy(mm, vma, page, entry)
+    return await wp_page_copy(mm, vma, page, entry, unshare=bool(flags & f.FAULT_UNSHARE))
 
 
-async def wp_page_copy(mm: AddressSpace, vma: Vma, page: int, entry: int) -> int:
+async def wp_page_copy(
+    mm: AddressSpace, vma: Vma, page: int, entry: int, *, unshare: bool = False
+) -> int:
     """Give the process its own copy of a page that others have too.
 
     The new entry becomes visible after the old one is flushed and before E; the old page is
@@ -207,13 +209,13 @@ async def wp_page_copy(mm: AddressSpace, vma: Vma, page: int, entry: int) -> int
             rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
             told = await notifiers.invalidate_range_start(rng)
             try:
-                done = _install_copy(mm, vma, page, entry, old, new, zero)
+                done = _install_copy(mm, vma, page, entry, old, new, zero, unshare)
             finally:
                 failed = await notifiers.invalidate_range_end(rng, told)
             if told.sync_calls:
                 failed = await notifiers.invalidate_range_sync(rng, told)
         else:
-            done = _install_copy(mm, vma, page, entry, old, new, zero)
+            done = _install_copy(mm, vma, page, entry, old, new, zero, unshare)
     except BaseException:
         if not zero:
             frames.put(old)
@@ -231,7 +233,8 @@ async def wp_page_copy(mm: AddressSpace, vma: Vma, page: int, entry: int) -> int
 
 
 def _install_copy(
-    mm: AddressSpace, vma: Vma, page: int, entry: int, old: int, new: int, zero: bool
+    mm: AddressSpace, vma: Vma, page: int, entry: int, old: int, new: int,
+    zero: bool, unshare: bool,
 ) -> bool:
     """The PT step of a copy; False if the entry is no longer what was copied."""
     leaf = mm.pt.leaves.get(page >> 9)
@@ -240,7 +243,9 @@ def _install_copy(
     leaf.pte[page & 511] = 0
     mm.flush_tlb(page, page + 1)
     mm.add_new_anon(vma, page, new)
-    prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
+    prot = vma.prot
+    if not unshare:
+        prot |= _NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG
     leaf.pte[page & 511] = new << PAGE_SHIFT | prot
     if not zero:
         mm.machine.remove_rmap(old)
@@ -255,21 +260,24 @@ async def _do_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
     assert file is not None
     index = page - vma.first + vma.pgoff
     machine = mm.machine
-    if not flags & f.FAULT_WRITE and (
-        vma.uffd is None and index < file.page_end and _fault_around(mm, vma, page)
-    ):
-        return 0
+    if not flags & f.FAULT_WRITE:
+        if vma.uffd is None and _fault_around(mm, vma, page):
+            return 0
+    elif not vma.flags & f.VM_SHARED and not mm.anon_vma_prepare_nowait(vma):
+        await mm.anon_vma_prepare(vma)
     if index >= file.page_end:
         return f.VM_FAULT_SIGBUS
     frame, read = await file.page(index)
     major = f.VM_FAULT_MAJOR if read else 0
+    if read and file.kind == "ext4" and not flags & f.FAULT_WRITE and vma.uffd is None:
+        # The fault waited for the disk and is tried again, with everything that was read.
+        if _fault_around(mm, vma, page):
+            return major
     frames = machine.frames
     frames.word[frame] &= ~fr.PG_READAHEAD
     if flags & f.FAULT_WRITE and not vma.flags & f.VM_SHARED:
         frames.get(frame)
         try:
-            if vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma):
-                await mm.anon_vma_prepare(vma)
             new = await machine.alloc_frame()
             frames.copy(frame, new)
         finally:

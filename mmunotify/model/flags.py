@@ -46,6 +46,8 @@ VM_RAND_READ: Final = 0x10000
 VM_DONTCOPY: Final = 0x20000
 VM_DONTEXPAND: Final = 0x40000
 VM_LOCKONFAULT: Final = 0x80000
+VM_ACCOUNT: Final = 0x100000
+"""Its pages count against the commit limit: it is, or was, private and writable."""
 VM_NORESERVE: Final = 0x200000
 VM_HUGETLB: Final = 0x400000
 VM_WIPEONFORK: Final = 0x2000000
@@ -53,7 +55,7 @@ VM_DONTDUMP: Final = 0x4000000
 VM_HUGEPAGE: Final = 0x20000000
 VM_NOHUGEPAGE: Final = 0x40000000
 VM_MERGEABLE: Final = 0x80000000
-VM_MAYBE_GUARD: Final = 1 << 40
+VM_MAYBE_GUARD: Final = 0x800
 VM_SEALED: Final = 1 << 42
 
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
@@ -62,26 +64,28 @@ VM_LOCKED_MASK: Final = VM_LOCKED | VM_LOCKONFAULT
 
 MNEMONICS: Final[tuple[tuple[int, str], ...]] = (
     (VM_GROWSDOWN, "gd"),
+    (VM_UFFD_MISSING, "um"),
     (VM_PFNMAP, "pf"),
+    (VM_MAYBE_GUARD, "gu"),
+    (VM_UFFD_WP, "uw"),
     (VM_LOCKED, "lo"),
-    (VM_LOCKONFAULT, "lf"),
     (VM_SEQ_READ, "sr"),
     (VM_RAND_READ, "rr"),
     (VM_DONTCOPY, "dc"),
     (VM_DONTEXPAND, "de"),
+    (VM_LOCKONFAULT, "lf"),
     (VM_NORESERVE, "nr"),
     (VM_HUGETLB, "ht"),
     (VM_WIPEONFORK, "wf"),
     (VM_DONTDUMP, "dd"),
     (VM_HUGEPAGE, "hg"),
-    (VM_NOHUGEPAGE, "nh"),
     (VM_MERGEABLE, "mg"),
-    (VM_UFFD_MISSING, "um"),
-    (VM_UFFD_WP, "uw"),
-    (VM_MAYBE_GUARD, "gu"),
     (VM_SEALED, "sl"),
 )
-"""What /proc/pid/smaps prints on its VmFlags line, permissions left out."""
+"""What /proc/pid/smaps prints on its VmFlags line, in its order.
+
+Left out are permissions, accounting and "nh", which a process may get from prctl alike.
+"""
 
 # A present entry is an x86 one.
 PTE_PRESENT: Final = 0x1

@@ -27,6 +27,7 @@ INACTIVE_ANON: Final = 0
 ACTIVE_ANON: Final = 1
 INACTIVE_FILE: Final = 2
 ACTIVE_FILE: Final = 3
+_BATCH: Final = 31
 _WHICH: Final = fr.PG_LRU | fr.PG_ACTIVE | fr.PG_SWAPBACKED | fr.PG_UNEVICTABLE
 _FLAGS: Final = (
     fr.PG_LRU | fr.PG_SWAPBACKED,
@@ -54,6 +55,7 @@ class Lru:
         self._positions: Final[npt.NDArray[np.uint32]] = np.zeros(frames.count, np.uint32)
         self._position: Final[Any] = memoryview(self._positions)
         self._logs: Final = [_Log(1024) for _ in range(4)]
+        self._lazy: Final[list[tuple[int, int]]] = []
 
     def append(self, frame: int) -> None:
         """A new anonymous page, whose flags say so already, goes to the inactive list."""
@@ -101,6 +103,32 @@ class Lru:
         """Make pages the first candidates for reclaim again (folio_deactivate)."""
         self._frames.words[frames] &= ~np.uint64(fr.PG_ACTIVE | fr.PG_REFERENCED)
         self.put_back(frames)
+
+    def lazyfree(self, frames: npt.NDArray[np.int64]) -> None:
+        """Anonymous pages that may be dropped: in batches they lose PG_SWAPBACKED."""
+        words = self._frames.words[frames]
+        able = (words & np.uint64(fr.PG_SWAPBACKED | fr.PG_SWAPCACHE | fr.PG_UNEVICTABLE)) == (
+            np.uint64(fr.PG_SWAPBACKED)
+        )
+        words &= np.uint64(fr.GEN_MASK)
+        for frame, generation in zip(frames[able].tolist(), words[able].tolist(), strict=True):
+            self._lazy.append((frame, generation))
+            if len(self._lazy) == _BATCH:
+                self.drain()
+
+    def drain(self) -> None:
+        """Do what was put off to be done in batches (lru_add_drain)."""
+        lazy = [
+            frame
+            for frame, generation in self._lazy
+            if self._frames.word[frame] & fr.GEN_MASK == generation
+        ]
+        self._lazy.clear()
+        if lazy:
+            frames = np.unique(np.array(lazy, np.int64))
+            flags = fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
+            self._frames.words[frames] &= ~np.uint64(flags)
+            self.put_back(frames)
 
     def put_back(self, frames: npt.NDArray[np.int64]) -> None:
         """Put distinct frames on the lists that their flags name."""

@@ -158,12 +158,15 @@ def _may_discard(vma: Vma, advice: str) -> None:
 
 async def _dontneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "dontneed")
+    mm.machine.lru.drain()
     await mm.zap_page_range(vma, first, last)
+    mm.pt.reclaim_tables(first, last)
 
 
 async def _dontneed_locked(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "dontneed_locked")
     await mm.zap_page_range(vma, first, last)
+    mm.pt.reclaim_tables(first, last)
 
 
 async def _free(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
@@ -187,23 +190,21 @@ def _free_entries(mm: AddressSpace[Any], entries: npt.NDArray[np.uint64]) -> Non
         slot = int(entries[at] & np.uint64(f.PFN_MASK)) >> PAGE_SHIFT
         entries[at] = 0
         swap.drop(slot)
-        if slot in swap.cache:
-            swap.try_free(swap.cache[slot])
+        swap.reclaim_unmapped(slot)
     at = np.flatnonzero((entries & (PRESENT | SPECIAL)) == PRESENT)
     pfns = frames_of(entries[at])
     words = frames.words[pfns]
-    for nth in np.flatnonzero(words & np.uint64(fr.PG_SWAPCACHE)).tolist():
-        if not swap.try_free(int(pfns[nth])):
-            words[nth] |= np.uint64(fr.MAP_MASK)
-        else:
-            words[nth] = frames.words[pfns[nth]]
-    # Shared pages, and those that another process may still want from swap, are left alone.
-    alone = (words & np.uint64(fr.MAP_MASK | fr.PG_ANON)) == np.uint64(fr.MAP_ONE | fr.PG_ANON)
-    at, pfns = at[alone], pfns[alone]
+    keep = np.zeros(len(pfns), np.bool_)
+    for nth in np.flatnonzero(words & np.uint64(fr.PG_SWAPCACHE | fr.PG_DIRTY)).tolist():
+        # What is dirty, or in swap, may be what another process wants to keep.
+        word, frame = int(words[nth]), int(pfns[nth])
+        keep[nth] = word & fr.MAP_MASK != fr.MAP_ONE or (
+            bool(word & fr.PG_SWAPCACHE) and not swap.try_free(frame)
+        )
+    at, pfns = at[~keep], pfns[~keep]
     entries[at] &= _CLEAN_OLD
-    frames.words[pfns] &= ~np.uint64(
-        fr.PG_DIRTY | fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
-    )
+    frames.words[pfns] &= ~np.uint64(fr.PG_DIRTY)
+    mm.machine.lru.lazyfree(pfns)
 
 
 async def _free_huge(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
@@ -220,6 +221,7 @@ async def _free_huge(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> 
                 mm.machine.frames.words[head : head + 512] &= ~np.uint64(
                     fr.PG_DIRTY | fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
                 )
+                mm.machine.lru.move(head)
 
 
 # ---------------------------------------------------------------------- ageing and paging out
@@ -233,6 +235,7 @@ def _may_age(vma: Vma, advice: str) -> None:
 async def _cold(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     """Clear the accessed bits of pages that nobody shares; the drivers' are left as they are."""
     _may_age(vma, "cold")
+    mm.machine.lru.drain()
     for index in [i for i in mm.pt.huge if first < (i + 1) << 9 and i << 9 < last]:
         mm.pt.huge[index] &= ~f.PTE_ACCESSED
     for page, entries in mm.pt.runs(first, last):
@@ -256,6 +259,7 @@ def _alone(
 async def _pageout(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     """Reclaim what only this process maps, a page table at a time, in address order."""
     _may_age(vma, "pageout")
+    mm.machine.lru.drain()
     for index in list(mm.pt.indices(first, last)):
         page = index << 9
         if index in mm.pt.huge and not await mm.machine.pageout_huge(mm, vma, page, first, last):

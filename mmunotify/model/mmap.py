@@ -111,6 +111,8 @@ def _vm_flags(prot: int, flags: int) -> int:
         vm_flags |= f.VM_LOCKED
     if flags & f.MAP_NORESERVE:
         vm_flags |= f.VM_NORESERVE
+    elif vm_flags & (f.VM_WRITE | f.VM_SHARED) == f.VM_WRITE and not flags & f.MAP_HUGETLB:
+        vm_flags |= f.VM_ACCOUNT
     return vm_flags
 
 

@@ -71,6 +71,12 @@ async def _mprotect_fixup(
 ) -> None:
     if flags == vma.flags:
         return
+    accounted = f.VM_ACCOUNT | f.VM_WRITE | f.VM_HUGETLB | f.VM_SHARED | f.VM_NORESERVE
+    if flags & f.VM_WRITE:
+        if not vma.flags & accounted:
+            flags |= f.VM_ACCOUNT
+    elif vma.flags & f.VM_ACCOUNT and vma.anonymous and vma.anon_vma is None:
+        flags &= ~f.VM_ACCOUNT
     vma = await modify(mm, vma, first, last, flags)
     mm.vma_start_write(vma)
     vma.flags = flags | vma.flags & f.VM_MAYBE_GUARD

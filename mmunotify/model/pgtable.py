@@ -196,6 +196,14 @@ class PageTable:
             if index not in leaves and index not in self.huge:
                 self.leaf_of(index << 9)
 
+    def reclaim_tables(self, start: int, end: int) -> None:
+        """Free the leaves wholly inside pages [start, end) that have become empty (PT_RECLAIM)."""
+        for index in list(self.indices((start + 511) & ~511, max(start, end & ~511))):
+            leaf = self.leaves.get(index)
+            if leaf is not None and not leaf.entries.any():
+                self.detach(index)
+                self.pool.free(leaf)
+
     def free_tables(self, start: int, end: int, floor: int, ceiling: int) -> None:
         """Free the empty tables of pages [start, end) that no mapping outside needs.
 

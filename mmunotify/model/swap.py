@@ -80,7 +80,7 @@ class Swap:
             cached = [slot for slot in gone.tolist() if slot in self.cache]
             if cached:
                 for slot in cached:
-                    self.try_free(self.cache[slot])
+                    self.reclaim_unmapped(slot)
                 gone = gone[~np.isin(gone, cached)]
         if self.data:
             for slot in gone.tolist():
@@ -117,6 +117,12 @@ class Swap:
         self.frames.put(frame)
         if not self._uses[slot]:
             self._release(slot)
+
+    def reclaim_unmapped(self, slot: int) -> None:
+        """No entry holds a cached slot any more: drop the page unless it is mapped."""
+        frame = self.cache.get(slot, -1)
+        if frame >= 0 and not self.frames.word[frame] & fr.MAP_MASK:
+            self.try_free(frame)
 
     def try_free(self, frame: int) -> bool:
         """Take a page out of the cache if no entry needs its slot (folio_free_swap)."""

@@ -50,6 +50,7 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
 
     words = mm.machine.frames.word
     seen = set()
+    locked = 0.0
     if vma.flags & f.VM_HUGETLB:
         return counts
     for page, entry in _entries(mm, vma.first, vma.last):
@@ -76,7 +77,9 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
         if page >> 9 in mm.pt.huge:
             add("ah" if word & fr.PG_ANON else "fh")
         if vma.flags & f.VM_LOCKED:
-            add("lk")
+            locked += 1 / ((word & fr.MAP_MASK) >> fr.MAP_SHIFT)
+    if locked >= 1:
+        counts["lk"] = int(locked + 1e-9)
     if vma.file is not None:
         for index in vma.file.swapped:
             page = vma.first + index - vma.pgoff
@@ -103,7 +106,8 @@ def pagemap(mm: AddressSpace[Any], start: int, end: int) -> list[tuple[int, str,
             found.append((page, "z" + wp, None))
             continue
         frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
-        word = words[frame]
+        # What PAGEMAP says of a huge page's sharing, it takes from the first of its frames.
+        word = words[frame & ~511 if page >> 9 in mm.pt.huge else frame]
         code = "a" if word & fr.PG_ANON else "f"
         if word & fr.MAP_MASK > fr.MAP_ONE:
             code = code.upper()

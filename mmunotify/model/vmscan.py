@@ -16,6 +16,7 @@ from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, Event
 from . import flags as f
 from . import frames as fr
+from . import huge_memory
 from . import lru as lists
 from .filemap import File
 from .ksm import StableNode
@@ -162,6 +163,9 @@ class Reclaim:
             if not words[frame] & fr.PG_LRU:
                 continue
             generation = words[frame] & fr.GEN_MASK
+            if words[frame] & fr.PG_HUGE:
+                freed += await self._shrink_huge(frame, force)
+                continue
             self.machine.frames.get(frame)
             try:
                 await self._shrink_one(frame, force)
@@ -209,6 +213,30 @@ class Reclaim:
             owner = machine.owners[where >> fr.OWNER_SHIFT]
             assert isinstance(owner, File)
             owner.remove(where & fr.INDEX_MASK)
+
+    async def _shrink_huge(self, frame: int, force: bool) -> int:
+        """Try to free the folio of a frame: whole if one huge entry maps it, or as small pages."""
+        machine = self.machine
+        words = machine.frames.word
+        head = frame & ~511
+        if not force and not await self._is_cold(head):
+            machine.lru.move(head)
+            return 0
+        for vma, page in self.mappings(head)[1]:
+            mm = vma.mm
+            if page >> 9 in mm.pt.huge and mm.maps(page, head):
+                if words[head] & fr.COUNTS_MASK == fr.MAPPED_ONCE:
+                    if await huge_memory.swap_out(machine, mm, page, head):
+                        return 512
+                    machine.lru.move(head)
+                    return 0
+                await huge_memory.split_huge_pmd(mm, page, vma)
+        # Small entries map it: its pages are taken one by one from now on.
+        for part in range(head, head + 512):
+            if words[part] & fr.PG_HUGE:
+                words[part] &= ~fr.PG_HUGE
+                machine.lru.move(part)
+        return 0
 
     async def _is_cold(self, frame: int) -> bool:
         """Whether reclaim may take a page of the inactive list (folio_check_references)."""
