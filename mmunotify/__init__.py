@@ -11,6 +11,7 @@ from __future__ import annotations
 from ._version import __version__ as __version__
 from .audience import Audience as Audience
 from .audience import Subscription as Subscription
+from .device import Device as Device
 from .drivers import AnyDriver as AnyDriver
 from .drivers import AtomicDriver as AtomicDriver
 from .drivers import DeferredDriver as DeferredDriver

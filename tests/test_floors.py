@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"_version", "errors", "ranges", "log"},
     {"locks"},
-    {"drivers", "primary", "audience", "dispatch", "sections", "watchers"}
+    {"drivers", "primary", "device", "audience", "dispatch", "sections", "watchers"}
     | {"notifiers", "interval_tree", "intervals", "plugins"},
     {"mmunotify"},
     {"model", "linux"},

@@ -31,6 +31,11 @@ app.command(
     name="explore",
     help="Run async code under every schedule that matters, or replay one.",
 )
+app.command(
+    "mmunotify.cli.replay:replay",
+    name="replay",
+    help="Replay recorded programs with drivers attached, and show what each was told.",
+)
 
 
 def run() -> int | str:

@@ -146,7 +146,11 @@ def _lost(value: list[Any], where: str) -> int:
 
 def _chunks(path: Path) -> Iterator[bytes]:
     """The text of the file; it ends early where the compressed data does."""
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RecordingError(f"{path}: expected a recording: {error.strerror}") from error
+    with file:
         if file.peek(len(_XZ)).startswith(_XZ):
             yield from _unpacked(file, path)
         else:

@@ -1,0 +1,42 @@
+"""The log of a replay: every section and callback, a line of JSON each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self
+
+import msgspec
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mmunotify import Record
+
+_LINES: Final = 4096
+
+
+class TraceLog:
+    """A context manager; what was appended is in the file when it is left, however that happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._write()
+        self._file.close()
+
+    def append(self, record: Record) -> None:
+        """Log a section's or a callback's start or end; a key that does not apply is left out."""
+        line = {key: value for key, value in zip(record._fields, record, strict=True)
+                if value is not None}  # fmt: skip
+        self._lines.append(self._encode(line))
+        if len(self._lines) >= _LINES:
+            self._write()
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        self._file.write(b"".join([line + b"\n" for line in lines]))

@@ -1,0 +1,124 @@
+"""How devices touch the memory of a replayed program, so that invalidations find something.
+
+    same        every page that the program faults on, right after it
+    hot:N       one access per fault and per system call, in a working set of N pages that the
+                program faulted on; a few of them take most of the accesses (Zipf)
+    random:P    a page that the program faults on, with probability P
+
+A device only touches what the program has mapped: a page that is gone from the primary is left
+alone, and a write is a read where the primary would have to copy first. So the program's memory
+goes on as it was recorded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from mmunotify.ranges import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmunotify import Device, Primary
+
+_SEED: Final = 2008
+_DRAWS: Final = 1 << 12
+
+
+@attrs.frozen
+class Touching:
+    """What `--device` asks for."""
+
+    mode: str
+    pages: int = 0
+    """Of `hot`: the size of the working set."""
+    probability: float = 1.0
+    """Of `random` (and 1 for `same`)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Touching:
+        """Read same, hot:N or random:P; raises ValueError that says so."""
+        mode, _, value = text.partition(":")
+        try:
+            if mode == "same" and not value:
+                return cls("same")
+            if mode == "hot" and int(value) > 0:
+                return cls("hot", pages=int(value))
+            if mode == "random" and 0 <= float(value) <= 1:
+                return cls("random", probability=float(value))
+        except ValueError:
+            pass
+        raise ValueError(f"{text!r}: expected same, hot:N (pages > 0) or random:P (0 <= P <= 1)")
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        return {
+            "same": "same",
+            "hot": f"hot:{self.pages}",
+            "random": f"random:{self.probability:g}",
+        }[self.mode]
+
+
+class Draws:
+    """The dice of one replay, which fall alike in all, so that designs have the same load."""
+
+    def __init__(self, touching: Touching) -> None:
+        dice = random.Random(_SEED)
+        self.touching: Final = touching
+        self.yes: Final[Iterator[bool]] = itertools.cycle(
+            [dice.random() < touching.probability for _ in range(_DRAWS)]
+        )
+        """Whether `random` touches."""
+        slots = range(touching.pages or 1)
+        weights = [1 / (rank + 1) for rank in slots]
+        self.slots: Final[Iterator[int]] = itertools.cycle(dice.choices(slots, weights, k=_DRAWS))
+        """Which page of the working set is accessed."""
+        self.newcomers: Final[Iterator[int]] = itertools.cycle(dice.choices(slots, k=_DRAWS))
+        """Which one a page that was faulted on takes the place of."""
+
+
+class Toucher:
+    """The devices of one address space, and the pages that they use."""
+
+    __slots__ = ("_devices", "_draws", "_hot", "_primary", "_set")
+
+    def __init__(self, draws: Draws, primary: Primary, devices: list[Device]) -> None:
+        self._draws = draws
+        self._primary = primary
+        self._devices = devices
+        self._hot = draws.touching.mode == "hot"
+        self._set: list[tuple[int, bool]] = []
+
+    async def faulted(self, address: int, pages: int, write: bool) -> None:
+        """The program faulted on `pages` pages in a row, of which the first has `address`."""
+        draws = self._draws
+        for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
+            if self._hot:
+                slot = next(draws.newcomers)
+                if len(self._set) < draws.touching.pages:
+                    self._set.append((touched, write))
+                else:
+                    self._set[slot] = (touched, write)
+                await self.called()
+            elif next(draws.yes):
+                await self._access(touched, write)
+
+    async def called(self) -> None:
+        """The program made a system call, or went on after a fault."""
+        slot = next(self._draws.slots)
+        if self._hot and slot < len(self._set):
+            address, write = self._set[slot]
+            await self._access(address, write)
+
+    async def _access(self, address: int, write: bool) -> None:
+        for device in self._devices:
+            if not device.access(address, write=write):
+                found = self._primary.translate(address)
+                if found is None:
+                    return
+                if found.writable or not write or not device.access(address):
+                    await device.fault(address, write=write and found.writable)
