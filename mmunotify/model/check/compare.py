@@ -66,7 +66,7 @@ async def check_sequence(sequence: Sequence, excuses: Excuses) -> AsyncIterator[
 
     The replay goes on after a disagreement, so later ones may be mere consequences of the first.
     """
-    expectation = _Expectation(sequence.id)
+    expectation = _Expectation(sequence)
     async with Harness(sequence) as harness:
         for operation in sequence.operations:
             outcome = await harness.do(operation)
@@ -88,8 +88,9 @@ async def check_sequence(sequence: Sequence, excuses: Excuses) -> AsyncIterator[
 class _Expectation:
     """The recorded state, carried from operation to operation: only changes are recorded."""
 
-    def __init__(self, sequence: str) -> None:
-        self._sequence = sequence
+    def __init__(self, sequence: Sequence) -> None:
+        self._sequence = sequence.id
+        self._guest = sequence.guest
         self._states: dict[str, ProcessState] = {PARENT: ProcessState()}
         self._doubtful: set[str] = set()
         self._before: dict[tuple[str, int], int] = {}
@@ -147,6 +148,9 @@ class _Expectation:
         recorded = {PARENT: _announcements(operation.recorded["ev"])}
         for name, announcements in operation.recorded.get("evk", {}).items():
             recorded[name] = _announcements(announcements)
+            if self._guest:
+                for announcement in recorded[PARENT]:
+                    recorded[name].remove(announcement)
         return recorded
 
     def _nearest(

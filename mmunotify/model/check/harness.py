@@ -66,8 +66,8 @@ COPIED: Final = 5
 PARENT: Final = "P"
 
 
-def _bytes(pages: int) -> int:
-    return pages << PAGE_SHIFT
+def _bytes(pages: float) -> int:
+    return int(pages * PAGE_SIZE)
 
 
 def _address(page: int) -> int:

@@ -59,6 +59,8 @@ class Sequence:
     """What was announced when it ended."""
     thp: bool
     """Whether transparent huge pages were enabled for the process."""
+    guest: bool
+    """Whether the process has a KVM guest. What it is told is then among what a child is told."""
     page_limit: int
     """Pages from here on were not looked at."""
 
@@ -119,5 +121,6 @@ def _sequence(record: Json) -> Sequence:
         execs=end.get("how") == "exec",
         exit_announcements=record["exit_ev"],
         thp=bool(record.get("thp")),
+        guest=bool(record.get("guest")),
         page_limit=record.get("pages", 1 << 21),
     )
