@@ -299,6 +299,8 @@ class File:
             index, low = (offset + at) >> PAGE_SHIFT, (offset + at) & _PAGE_BITS
             high = min(PAGE_SIZE, low + len(data) - at)
             self.size = max(self.size, offset + at + high - low)
+            if self.kind == "ext4":
+                await self.readahead(index, index + 1)
             frame, _ = await self.page(index)
             if frames.data is not None:
                 contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))

@@ -32,6 +32,7 @@ async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:
     """
     mm.require_alive()
     await mm.machine.cond_resched()
+    mm.machine.lru.drain()
     child: AddressSpace[Any] = mm.machine.new_mm(name)
     child.brk_start, child.brk_end = mm.brk_start, mm.brk_end
     pages = 0
@@ -96,6 +97,7 @@ async def exit_mmap(mm: AddressSpace[Any]) -> None:
     Called when mm_users has reached zero.
     """
     await mm.notifiers.release()
+    mm.machine.lru.drain()
     async with mm.write_locked:
         vmas = list(mm.vmas)
         gather = memory.Gather(mm)

@@ -84,6 +84,7 @@ async def populate(
     signals EFAULT. Otherwise holes and lock-on-fault mappings are skipped, and errors too with
     `ignore_errors`. Source: __mm_populate, madvise_populate.
     """
+    mm.machine.lru.drain()
     at = first
     while at < last:
         async with mm.mmap_lock.reading():

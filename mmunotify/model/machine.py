@@ -237,6 +237,7 @@ class Machine(Generic[L]):
         """
         file = File(self, name or f"f{next(self._file_names)}", pages << PAGE_SHIFT, kind)
         self.files.append(file)
+        self.lru.drain()
         if fill:
             for index in range(pages):
                 frame = self.frames.alloc()

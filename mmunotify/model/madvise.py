@@ -158,7 +158,6 @@ def _may_discard(vma: Vma, advice: str) -> None:
 
 async def _dontneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "dontneed")
-    mm.machine.lru.drain()
     await mm.zap_page_range(vma, first, last)
     mm.pt.reclaim_tables(first, last)
 
@@ -174,6 +173,7 @@ async def _free(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "free")
     if not vma.anonymous:
         raise _refuse(vma, "free")
+    mm.machine.lru.drain()
     async with mm.section(first, last, Event.CLEAR):
         await _free_huge(mm, vma, first, last)
         for _, entries in mm.pt.runs(first, last):
@@ -275,6 +275,7 @@ async def _pageout(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> No
 
 async def _willneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     """Begin to read what is not in memory: swap into its cache, files into theirs."""
+    mm.machine.lru.drain()
     if vma.file is not None and not vma.flags & f.VM_HUGETLB:
         low = vma.pgoff + first - vma.first
         await vma.file.readahead(low, min(low + last - first, vma.file.page_end))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmunotify.errors import MmError
-from mmunotify.ranges import PAGE_SHIFT, ULONG_MAX, Event, Range
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Event, Range
 from . import flags as f
 from . import frames as fr
 from .vma import Vma, vmas_in
@@ -50,7 +50,7 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
 
     words = mm.machine.frames.word
     seen = set()
-    locked = 0.0
+    locked = 0
     if vma.flags & f.VM_HUGETLB:
         return counts
     for page, entry in _entries(mm, vma.first, vma.last):
@@ -77,13 +77,15 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
         if page >> 9 in mm.pt.huge:
             add("ah" if word & fr.PG_ANON else "fh")
         if vma.flags & f.VM_LOCKED:
-            locked += 1 / ((word & fr.MAP_MASK) >> fr.MAP_SHIFT)
-    if locked >= 1:
-        counts["lk"] = int(locked + 1e-9)
+            # Pss: a page counts by its share, in units of 1/4096 byte.
+            locked += (PAGE_SIZE << 12) // ((word & fr.MAP_MASK) >> fr.MAP_SHIFT)
+    if locked >> 12 >= PAGE_SIZE:
+        counts["lk"] = locked >> 12 >> PAGE_SHIFT
     if vma.file is not None:
+        private = vma.flags & (f.VM_SHARED | f.VM_WRITE) == f.VM_WRITE
         for index in vma.file.swapped:
             page = vma.first + index - vma.pgoff
-            if vma.first <= page < vma.last and page not in seen:
+            if vma.first <= page < vma.last and not (private and page in seen):
                 add("sw")
     return counts
 
@@ -155,15 +157,16 @@ async def clear_refs(mm: AddressSpace[Any], value: int) -> None:
 async def pagemap_scan(
     mm: AddressSpace[Any], start: int, end: int, wp_matching: bool = False
 ) -> list[tuple[int, int]]:
-    """The ranges, in bytes, of pages written since they were write-protected (PAGEMAP_SCAN).
+    """Ranges, in bytes, of mapped pages: those written and those not, apart (PAGEMAP_SCAN).
 
-    With `wp_matching` they are write-protected again, in one section over the whole request. EPERM
-    unless a userfaultfd with asynchronous write protection is registered there.
+    With `wp_matching` only those written since they were write-protected, which they are again, in
+    one section over the whole request; EPERM unless a userfaultfd with asynchronous write
+    protection is registered there.
     """
     mm.require_alive()
     first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
     await mm.machine.cond_resched()
-    ranges: list[list[int]] = []
+    ranges: list[tuple[int, int, bool]] = []
     async with mm.mmap_lock.reading():
         for vma in vmas_in(mm, first, last):
             if wp_matching and (vma.uffd is None or not vma.uffd.async_wp):
@@ -174,18 +177,24 @@ async def pagemap_scan(
             async with mm.section(first, last, Event.PROTECTION_VMA):
                 _written(mm, first, last, ranges, protect=True)
                 mm.flush_tlb(first, last)
-    return [(low << PAGE_SHIFT, high << PAGE_SHIFT) for low, high in ranges]
+    return [(low << PAGE_SHIFT, high << PAGE_SHIFT) for low, high, _ in ranges]
 
 
 def _written(
-    mm: AddressSpace[Any], first: int, last: int, ranges: list[list[int]], *, protect: bool
+    mm: AddressSpace[Any],
+    first: int,
+    last: int,
+    ranges: list[tuple[int, int, bool]],
+    *,
+    protect: bool,
 ) -> None:
     for page, entry in _entries(mm, first, last):
-        if entry & f.PTE_UFFD_WP:
+        written = not entry & f.PTE_UFFD_WP
+        if protect and not written:
             continue
-        if ranges and ranges[-1][1] == page:
-            ranges[-1][1] += 1
+        if ranges and ranges[-1][1:] == (page, written):
+            ranges[-1] = (ranges[-1][0], page + 1, written)
         else:
-            ranges.append([page, page + 1])
+            ranges.append((page, page + 1, written))
         if protect and page >> 9 not in mm.pt.huge:
             mm.set_pte(page, (entry | f.PTE_UFFD_WP) & ~(f.PTE_RW if entry & 1 else 0))
