@@ -98,7 +98,7 @@ async def populate(
             vma = vmas[0]
             low, at = max(at, vma.first), min(vma.last, last)
             try:
-                await _populate_vma(mm, vma, low, at, write, madvise)
+                await populate_vma(mm, vma, low, at, write=write, madvise=madvise)
             except BadAddress as error:
                 if not ignore_errors:
                     raise MmError(errno.EFAULT, str(error)) from None
@@ -108,9 +108,16 @@ async def populate(
         await mm.machine.cond_resched(at - low)
 
 
-async def _populate_vma(
-    mm: AddressSpace[Any], vma: Vma, first: int, last: int, write: bool | None, madvise: bool
+async def populate_vma(
+    mm: AddressSpace[Any],
+    vma: Vma,
+    first: int,
+    last: int,
+    *,
+    write: bool | None = None,
+    madvise: bool = False,
 ) -> None:
+    """`populate` of pages of one VMA, for a caller that holds mmap_lock in either mode."""
     force = False
     if not madvise:
         if vma.flags & (f.VM_LOCKONFAULT | f.VM_PFNMAP):

@@ -5,15 +5,17 @@ Source: mm/mprotect.c.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmunotify.errors import MmError
+from mmunotify.errors import BadAddress, MmError
 from mmunotify.ranges import Event
 from . import flags as f
 from . import frames as fr
+from . import gup
 from .memory import PFN_MASK, PRESENT, SHIFT, SPECIAL
 from .mmap import pages_of
 from .vma import find_vma, modify, vmas_in
@@ -77,14 +79,16 @@ async def _mprotect_fixup(
             flags |= f.VM_ACCOUNT
     elif vma.flags & f.VM_ACCOUNT and vma.anonymous and vma.anon_vma is None:
         flags &= ~f.VM_ACCOUNT
+    old = vma.flags
     vma = await modify(mm, vma, first, last, flags)
     mm.vma_start_write(vma)
     vma.flags = flags | vma.flags & f.VM_MAYBE_GUARD
     vma.set_page_prot()
     await change_protection(mm, vma, first, last)
-    locked_now = vma.flags & f.VM_LOCKED and vma.flags & f.VM_WRITE
-    if locked_now and not vma.flags & f.VM_SHARED:
-        await mm.populate(first, last, ignore_errors=True)
+    if old & (f.VM_WRITE | f.VM_SHARED | f.VM_LOCKED) == f.VM_LOCKED and flags & f.VM_WRITE:
+        # Locked memory that becomes writable gets its private copies now.
+        with contextlib.suppress(MmError, BadAddress):
+            await gup.populate_vma(mm, vma, first, last)
 
 
 async def change_protection(
