@@ -74,6 +74,7 @@ class Dispatch:
                 raised = await self._tell(calls, rng, concurrent=told.concurrent)
                 interrupted = interrupted or raised
         self._close(told)
+        rng.cancellable = True
         if interrupted is not None:
             raise interrupted
         return told.failed
@@ -89,10 +90,12 @@ class Dispatch:
         told = self._audience
         if told.suspends:
             told.refuse(rng)
+        rng.cancellable = False
         told.open += 1
         interrupted = self._tell_plain(told.start_calls, rng)
         interrupted = self._tell_plain(told.end_calls, rng) or interrupted
         self._close(told)
+        rng.cancellable = True
         if interrupted is not None:
             raise interrupted
         return told
@@ -215,12 +218,10 @@ class Dispatch:
             except BaseException as exc:
                 if self._survives(call, exc, rng):
                     continue
-                done = _before(call, told.nonblock_calls)
-                self._undo_plain(told, done, told.nonblock_ends, rng)
+                self._undo_nonblock(told, call, rng)
                 raise
             if refused:
-                done = _before(call, told.nonblock_calls)
-                self._undo_plain(told, done, told.nonblock_ends, rng)
+                self._undo_nonblock(told, call, rng)
                 name = call.subscription.name
                 self._log.emit(
                     log.SECTION_REFUSED,
@@ -230,13 +231,15 @@ class Dispatch:
                     reason=rng.event.name,
                 )
                 raise WouldBlock(
-                    errno.EAGAIN, f"{name} would have to wait in {rng!r}: non-blockable section"
+                    errno.EAGAIN,
+                    f"{name} would have to wait in a non-blockable section over {rng!r}",
                 )
         return told
 
     def invalidate_range_end_nonblock(self, rng: Range, told: Audience) -> Failed:
         """The end of a non-blockable section."""
         interrupted = self._tell_plain(told.nonblock_ends, rng)
+        rng.blockable = True
         self._close(told)
         if interrupted is not None:
             raise interrupted
@@ -344,15 +347,16 @@ class Dispatch:
     # ------------------------------------------------------------------ inside: who is told
 
     def _enter(self) -> None:
-        """Bind to the first thread that comes; refuse all others."""
-        if get_ident() == self._thread:
+        """Bind to the first thread that comes, and to its event loop; refuse all others."""
+        thread = get_ident()
+        if thread == self._thread and self._token is not None:
             return
-        if self._thread:
+        if self._thread not in (0, thread):
             raise ForeignThread(
                 f"{self.name} belongs to the event loop of another thread: expected a call from "
                 "that thread, or post()"
             )
-        self._thread = get_ident()
+        self._thread = thread
         with contextlib.suppress(anyio.NoEventLoopError):  # plain calls need no loop
             self._token = anyio.lowlevel.current_token()
 
@@ -544,6 +548,10 @@ class Dispatch:
         self._tell_plain(_calls_of(done, ends), rng)
         self._close(told)
 
+    def _undo_nonblock(self, told: Audience, failed: Call, rng: Range) -> None:
+        self._undo_plain(told, _before(failed, told.nonblock_calls), told.nonblock_ends, rng)
+        rng.blockable = True
+
     def _end_raised(self, told: Audience, call: Call, rng: Range, exc: BaseException) -> Failed:
         """One plain end has raised: the rest are still told."""
         interrupted = self._raised(call, exc, rng)
@@ -555,6 +563,7 @@ class Dispatch:
         return told.failed
 
     def _ask(self, calls: tuple[Call, ...], *args: int, all_of_them: bool) -> bool:
+        self._enter()
         if not calls:
             return False
         told = self._audience

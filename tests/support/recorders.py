@@ -55,9 +55,10 @@ class Notebook:
 class Atomic(Notebook, mn.AtomicDriver):
     """An AtomicDriver: start, end, release, free."""
 
-    def invalidate_range_start(self, rng: mn.Range) -> None:
+    def invalidate_range_start(self, rng: mn.Range) -> bool | None:
         self.tell("start")
         self.began()
+        return None
 
     def invalidate_range_end(self, rng: mn.Range) -> None:
         self.ended()
