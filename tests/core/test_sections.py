@@ -383,3 +383,20 @@ async def test_what_cannot_be_undone_is_told_to_all_whatever_interrupts(
     assert [one for one in told if one.startswith("a")] == ["a start", "a end"]
     assert isinstance(failed.failure, Stop)
     assert notifiers.statistics().open_sections == 0
+
+
+async def test_an_interval_that_is_interrupted_there_is_counted_off_once() -> None:
+    """What cannot be undone goes on to the end: the tree may not count the section off before."""
+
+    class Interrupted(mn.AtomicInterval):
+        def invalidate(self, rng: mn.Range, seq: int) -> bool:
+            raise Stop
+
+    notifiers = mn.Notifiers()
+    interval = Interrupted()
+    await interval.insert(notifiers, 0x1000, 0x1000)
+    rng = page()
+    with pytest.raises(Stop):
+        notifiers.invalidate_atomic(rng)
+    assert interval.statistics().active_invalidate_ranges == 0
+    assert rng.cancellable
