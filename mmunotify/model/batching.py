@@ -11,13 +11,15 @@ case. With nobody registered a section costs one test.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
+
 from .memory import Gather
 
 if TYPE_CHECKING:
     from mmunotify.audience import Audience
+
     from .mm import AddressSpace
 
 Batching = Literal["page", "pte512", "gather", "range"]
@@ -33,7 +35,7 @@ class Section:
     __slots__ = ("_batched", "_told", "gather", "mm", "pending", "rng")
 
     def __init__(
-        self, mm: AddressSpace, first: int, last: int, event: Event, *, zap: bool = False
+        self, mm: AddressSpace[Any], first: int, last: int, event: Event, *, zap: bool = False
     ) -> None:
         self.mm = mm
         self.rng = Range(first << PAGE_SHIFT, last << PAGE_SHIFT, event)

@@ -1,17 +1,18 @@
 """Page faults: anonymous, file, copy on write, swap-in.
 
-`handle_mm_fault` is called with mmap_lock held for reading, or under the per-VMA lock, which here is
-"until the next await": what needs no waiting is done by plain functions, which answer RETRY when
-they would have to wait. Pages are page numbers.
+`handle_mm_fault` is called with mmap_lock held for reading, or under the per-VMA lock, which here
+is "until the next await": what needs no waiting is done by plain functions, which answer RETRY
+when they would have to wait. Pages are page numbers.
 
 Source: mm/memory.c.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
+
 from . import flags as f
 from . import frames as fr
 
@@ -21,15 +22,13 @@ if TYPE_CHECKING:
 
 RETRY: Final = -1
 _FAULT_AROUND: Final = 16
-_NEW_ANON: Final = (
-    fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
-)
+_NEW_ANON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
 _NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
 _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
 _NEW_WRITABLE: Final = _DIRTY_YOUNG | f.PTE_RW
 
 
-async def handle_mm_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     """Make one access possible; returns VM_FAULT_ bits. May suspend and announce (COW)."""
     machine = mm.machine
     while True:
@@ -41,8 +40,7 @@ async def handle_mm_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> 
         if not entry or entry == f.MARKER_UFFD_WP:
             if vma.anonymous:
                 if vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING and not entry:
-                    if not await vma.uffd.handle(mm, page, flags):
-                        return f.VM_FAULT_SIGBUS
+                    await vma.uffd.handle(mm, page, flags)
                     return 0
                 if flags & f.FAULT_WRITE and vma.anon_vma is None:
                     await mm.anon_vma_prepare(vma)
@@ -57,15 +55,14 @@ async def handle_mm_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> 
                 await machine.wait_migration((entry & f.PFN_MASK) >> PAGE_SHIFT)
                 return 0
             return f.VM_FAULT_SIGSEGV
-        if vma.uffd is not None and entry & f.PTE_UFFD_WP and not vma.uffd.async_wp:
-            if flags & f.FAULT_WRITE:
-                if not await vma.uffd.handle(mm, page, flags):
-                    return f.VM_FAULT_SIGBUS
-                return 0
+        protected = vma.uffd is not None and entry & f.PTE_UFFD_WP and not vma.uffd.async_wp
+        if vma.uffd is not None and protected and flags & f.FAULT_WRITE:
+            await vma.uffd.handle(mm, page, flags)
+            return 0
         return await _do_wp_page(mm, vma, page, flags, entry)
 
 
-def fault_nowait(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     """What a fault can do without suspending: anonymous pages, reuse, pages that came back."""
     leaf = mm.pt.leaves.get(page >> 9)
     entry = leaf.pte[page & 511] if leaf is not None else 0
@@ -120,18 +117,16 @@ def fault_nowait(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
     return 0
 
 
-def _huge_nowait(mm: AddressSpace, page: int, flags: int) -> int:
+def _huge_nowait(mm: AddressSpace[Any], page: int, flags: int) -> int:
     index = page >> 9
     entry = mm.pt.huge[index]
     if not flags & (f.FAULT_WRITE | f.FAULT_UNSHARE) or entry & f.PTE_RW:
-        mm.pt.huge[index] = entry | (
-            _DIRTY_YOUNG if flags & f.FAULT_WRITE else f.PTE_ACCESSED
-        )
+        mm.pt.huge[index] = entry | (_DIRTY_YOUNG if flags & f.FAULT_WRITE else f.PTE_ACCESSED)
         return 0
     return RETRY
 
 
-def can_reuse(mm: AddressSpace, frame: int) -> bool:
+def can_reuse(mm: AddressSpace[Any], frame: int) -> bool:
     """Whether the only mapping of an anonymous page may write to it without a copy.
 
     Decided by the refcount: whoever else holds a reference (swap cache, a pin, another process)
@@ -157,7 +152,7 @@ def can_reuse(mm: AddressSpace, frame: int) -> bool:
     return True
 
 
-def _reuse_huge(mm: AddressSpace, frame: int) -> bool:
+def _reuse_huge(mm: AddressSpace[Any], frame: int) -> bool:
     """A page of a large folio is reused only if nobody else maps any page of the folio."""
     frames = mm.machine.frames
     head = frame & ~511
@@ -171,7 +166,7 @@ def _reuse_huge(mm: AddressSpace, frame: int) -> bool:
 # ---------------------------------------------------------------------- copy on write
 
 
-async def _do_wp_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: int) -> int:
+async def _do_wp_page(mm: AddressSpace[Any], vma: Vma, page: int, flags: int, entry: int) -> int:
     if page >> 9 in mm.pt.huge:
         return await mm.wp_huge(vma, page, flags)
     if vma.flags & f.VM_SHARED and not entry & f.PTE_SPECIAL:
@@ -184,7 +179,7 @@ async def _do_wp_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: 
 
 
 async def wp_page_copy(
-    mm: AddressSpace, vma: Vma, page: int, entry: int, *, unshare: bool = False
+    mm: AddressSpace[Any], vma: Vma, page: int, entry: int, *, unshare: bool = False
 ) -> int:
     """Give the process its own copy of a page that others have too.
 
@@ -233,8 +228,14 @@ async def wp_page_copy(
 
 
 def _install_copy(
-    mm: AddressSpace, vma: Vma, page: int, entry: int, old: int, new: int,
-    zero: bool, unshare: bool,
+    mm: AddressSpace[Any],
+    vma: Vma,
+    page: int,
+    entry: int,
+    old: int,
+    new: int,
+    zero: bool,
+    unshare: bool,
 ) -> bool:
     """The PT step of a copy; False if the entry is no longer what was copied."""
     leaf = mm.pt.leaves.get(page >> 9)
@@ -255,7 +256,7 @@ def _install_copy(
 # ---------------------------------------------------------------------- files
 
 
-async def _do_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
+async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     file = vma.file
     assert file is not None
     index = page - vma.first + vma.pgoff
@@ -269,10 +270,10 @@ async def _do_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
         return f.VM_FAULT_SIGBUS
     frame, read = await file.page(index)
     major = f.VM_FAULT_MAJOR if read else 0
-    if read and file.kind == "ext4" and not flags & f.FAULT_WRITE and vma.uffd is None:
-        # The fault waited for the disk and is tried again, with everything that was read.
-        if _fault_around(mm, vma, page):
-            return major
+    waited = read and file.kind == "ext4" and not flags & f.FAULT_WRITE and vma.uffd is None
+    if waited and _fault_around(mm, vma, page):
+        # The fault dropped its lock for the disk, and was tried again with all that was read.
+        return major
     frames = machine.frames
     frames.word[frame] &= ~fr.PG_READAHEAD
     if flags & f.FAULT_WRITE and not vma.flags & f.VM_SHARED:
@@ -303,7 +304,7 @@ async def _do_fault(mm: AddressSpace, vma: Vma, page: int, flags: int) -> int:
 
 
 def _map_file_page(
-    mm: AddressSpace, vma: Vma, pte: memoryview, page: int, frame: int, prot: int
+    mm: AddressSpace[Any], vma: Vma, pte: memoryview, page: int, frame: int, prot: int
 ) -> None:
     mm.machine.frames.word[frame] += fr.MAPPED_ONCE
     if vma.flags & f.VM_LOCKED:
@@ -311,7 +312,7 @@ def _map_file_page(
     pte[page & 511] = frame << PAGE_SHIFT | prot
 
 
-def _fault_around(mm: AddressSpace, vma: Vma, page: int) -> bool:
+def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
     """Map the cached pages of the 16 around a read fault; whether the page itself was one.
 
     Bounded by the VMA, the end of the file and the page table. Source: do_fault_around.
@@ -340,7 +341,7 @@ def _fault_around(mm: AddressSpace, vma: Vma, page: int) -> bool:
 # ---------------------------------------------------------------------- swap
 
 
-async def _do_swap_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry: int) -> int:
+async def _do_swap_page(mm: AddressSpace[Any], vma: Vma, page: int, flags: int, entry: int) -> int:
     machine = mm.machine
     swap, frames = machine.swap, machine.frames
     slot = (entry & f.PFN_MASK) >> PAGE_SHIFT
@@ -406,7 +407,7 @@ async def _do_swap_page(mm: AddressSpace, vma: Vma, page: int, flags: int, entry
     return major
 
 
-async def _swapin_readahead(mm: AddressSpace, vma: Vma, page: int, slot: int) -> int:
+async def _swapin_readahead(mm: AddressSpace[Any], vma: Vma, page: int, slot: int) -> int:
     """Read a shared slot and its neighbours into the swap cache; the frame with a reference.
 
     Source: swap_vma_readahead.

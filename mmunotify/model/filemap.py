@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+
 from . import flags as f
 from . import frames as fr
 from .rmap import IntervalTree, page_of

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import Event
+
 from . import flags as f
 from . import memory
 from .mmap import remove_vma
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:
     """A child with a copy of this address space; pages are shared until somebody writes.
 
-    Holds both mmap_locks for writing. ENOMEM, with the child gone, if pinned pages cannot be copied.
+    Holds both mmap_locks for writing. ENOMEM, and no child, if pinned pages cannot be copied.
     """
     mm.require_alive()
     await mm.machine.cond_resched()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     U64 = npt.NDArray[np.uint64]
     U32 = npt.NDArray[np.uint32]
+    Indices = npt.NDArray[np.int64] | npt.NDArray[np.uint32]
 
 REF_ONE: Final = 1
 REF_MASK: Final = 0xFFFF
@@ -66,11 +67,11 @@ class Frames:
     def __init__(self, count: int, *, contents: bool) -> None:
         self.count: Final = count
         self.words: Final[U64] = np.zeros(count, np.uint64)
-        self.word: Final[Any] = memoryview(self.words)
+        self.word: Final[Any] = self.words.data
         self.rmaps: Final[U64] = np.zeros(count, np.uint64)
-        self.rmap: Final[Any] = memoryview(self.rmaps)
+        self.rmap: Final[Any] = self.rmaps.data
         self._stack: Final[U32] = np.zeros(count, np.uint32)
-        self._slot: Final[Any] = memoryview(self._stack)
+        self._slot: Final[Any] = self._stack.data
         self._top = 0
         # [_fresh, _limit) was never used: small frames come from below, huge ones from above.
         self._fresh = 0
@@ -181,8 +182,8 @@ class Frames:
             self.data.pop(frame, None)
         self._push(frame)
 
-    def put_many(self, frames: U32) -> U32:
-        """Drop one reference of each of these distinct frames; returns those that became free."""
+    def put_many(self, frames: Indices) -> None:
+        """Drop one reference of each of these distinct frames."""
         words = self.words[frames] - np.uint64(REF_ONE)
         alive = (words & np.uint64(REF_MASK)) != 0
         if alive.any():
@@ -190,9 +191,8 @@ class Frames:
             frames = frames[~alive]
             words = words[~alive]
         self.free_many(frames, words)
-        return frames
 
-    def free_many(self, frames: U32, words: U64) -> None:
+    def free_many(self, frames: Indices, words: U64) -> None:
         """Free these distinct frames, whose words were `words`."""
         self.words[frames] = (words & np.uint64(GEN_MASK)) + np.uint64(GEN_ONE)
         if self.data is not None:

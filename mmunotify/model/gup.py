@@ -14,6 +14,7 @@ import attrs
 from mmunotify.errors import BadAddress, MmError
 from mmunotify.primary import Translations
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
+
 from . import flags as f
 from . import frames as fr
 from .fault import handle_mm_fault
@@ -36,9 +37,9 @@ async def faultin_page(
     """
     while True:
         entry = mm.pt.get(page)
-        if entry & f.PTE_PRESENT and (entry & f.PTE_USER or force):
-            if not write or entry & f.PTE_RW or _may_force(mm, vma, entry, force):
-                return entry
+        present = entry & f.PTE_PRESENT and (entry & f.PTE_USER or force)
+        if present and (not write or entry & f.PTE_RW or _may_force(mm, vma, entry, force)):
+            return entry
         flags = f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0)
         result = await handle_mm_fault(mm, vma, page, flags)
         account(mm, result)
@@ -176,9 +177,7 @@ class Pinned:
     released: bool = False
 
 
-async def pin(
-    mm: AddressSpace[Any], start: int, end: int, *, write: bool = True
-) -> Pinned:
+async def pin(mm: AddressSpace[Any], start: int, end: int, *, write: bool = True) -> Pinned:
     """Fault in [start, end) bytes and hold the frames (FOLL_LONGTERM).
 
     Pages that others share are copied first, so that the process and the device see the same.

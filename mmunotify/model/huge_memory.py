@@ -15,11 +15,12 @@ import numpy as np
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+
 from . import flags as f
 from . import frames as fr
-from .vma import Vma
 
 if TYPE_CHECKING:
+    from .vma import Vma
     from .machine import Machine
     from .mm import AddressSpace
 
@@ -129,9 +130,7 @@ def split_entry(mm: AddressSpace[Any], index: int) -> None:
         leaf.entries[:] = np.uint64(entry & _KEEP_IN_SPLIT | pfn << PAGE_SHIFT)
     else:
         low = np.uint64(entry & _KEEP_IN_SPLIT)
-        leaf.entries[:] = (
-            np.arange(pfn, pfn + NR, dtype=np.uint64) << np.uint64(PAGE_SHIFT)
-        ) | low
+        leaf.entries[:] = (np.arange(pfn, pfn + NR, dtype=np.uint64) << np.uint64(PAGE_SHIFT)) | low
     mm.flush_tlb(index << 9, (index + 1) << 9)
 
 

@@ -1,8 +1,8 @@
 """KSM: pages of equal contents become one, write-protected.
 
 A page is merged when its contents did not change between two scans: it is write-protected (one
-announcement) and replaced by the stable copy (another); the first of a pair becomes that copy and is
-only write-protected. Contents decide, so a machine without contents merges nothing.
+announcement) and replaced by the stable copy (another); the first of a pair becomes that copy and
+is only write-protected. Contents decide, so a machine without contents merges nothing.
 
 Source: mm/ksm.c.
 """
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mmunotify.ranges import PAGE_SHIFT, Event
+
 from . import flags as f
 from . import frames as fr
 
 if TYPE_CHECKING:
     from mmunotify.locks import RmapLock
+
     from .machine import Machine
     from .mm import AddressSpace
     from .rmap import AnonVma

@@ -42,7 +42,7 @@ class _Log:
 
     def __init__(self, size: int) -> None:
         self.entries: npt.NDArray[np.uint32] = np.zeros(size, np.uint32)
-        self.slots: Any = memoryview(self.entries)
+        self.slots: Any = self.entries.data
         self.head = 0
         self.tail = 0
 
@@ -53,7 +53,7 @@ class Lru:
     def __init__(self, frames: Frames) -> None:
         self._frames: Final = frames
         self._positions: Final[npt.NDArray[np.uint32]] = np.zeros(frames.count, np.uint32)
-        self._position: Final[Any] = memoryview(self._positions)
+        self._position: Final[Any] = self._positions.data
         self._logs: Final = [_Log(1024) for _ in range(4)]
         self._lazy: Final[list[tuple[int, int]]] = []
 
@@ -149,7 +149,7 @@ class Lru:
             size *= 2
         if size != len(log.entries):
             log.entries = np.zeros(size, np.uint32)
-            log.slots = memoryview(log.entries)
+            log.slots = log.entries.data
         log.entries[: len(valid)] = valid
         self._positions[valid] = np.arange(len(valid), dtype=np.uint32)
         log.head, log.tail = 0, len(valid)
@@ -171,7 +171,8 @@ class Lru:
     def pages(self, which: int) -> list[int]:
         """The frames on a list, oldest first; they stay there."""
         log = self._logs[which]
-        return self._valid(which, log.head, log.tail).tolist()
+        found: list[int] = self._valid(which, log.head, log.tail).tolist()
+        return found
 
     def take(self, which: int, wanted: int) -> list[int]:
         """Isolate up to `wanted` of the oldest frames of a list; `move` puts one back."""

@@ -13,6 +13,7 @@ import anyio.lowlevel
 from mmunotify.errors import MmError
 from mmunotify.locks import SRCU, Flagged, LockModel, RwSems, TakeAll
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
+
 from . import flags as f
 from . import frames as fr
 from . import huge_memory, migrate, oom_kill

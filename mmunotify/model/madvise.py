@@ -15,6 +15,7 @@ import numpy as np
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, Event
+
 from . import flags as f
 from . import frames as fr
 from .memory import PRESENT, SPECIAL, frames_of
@@ -186,9 +187,9 @@ def _free_entries(mm: AddressSpace[Any], entries: npt.NDArray[np.uint64]) -> Non
     swapped = np.flatnonzero(
         (entries & np.uint64(f.PTE_PRESENT | f.SWP_TYPE_MASK)) == np.uint64(f.SWP_SWAP)
     )
-    for at in swapped.tolist():
-        slot = int(entries[at] & np.uint64(f.PFN_MASK)) >> PAGE_SHIFT
-        entries[at] = 0
+    for where in swapped.tolist():
+        slot = int(entries[where] & np.uint64(f.PFN_MASK)) >> PAGE_SHIFT
+        entries[where] = 0
         swap.drop(slot)
         swap.reclaim_unmapped(slot)
     at = np.flatnonzero((entries & (PRESENT | SPECIAL)) == PRESENT)
@@ -285,9 +286,7 @@ async def _willneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> N
         return
     for _, entries in mm.pt.runs(first, last):
         slots = frames_of(
-            entries[
-                (entries & np.uint64(f.PTE_PRESENT | f.SWP_TYPE_MASK)) == np.uint64(f.SWP_SWAP)
-            ]
+            entries[(entries & np.uint64(f.PTE_PRESENT | f.SWP_TYPE_MASK)) == np.uint64(f.SWP_SWAP)]
         )
         for slot in slots.tolist():
             if slot not in mm.machine.swap.cache:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from mmunotify.ranges import PAGE_SHIFT, Event
+
 from . import flags as f
 from . import frames as fr
 
@@ -52,7 +53,7 @@ class Gather:
 
     __slots__ = ("_held", "frames", "hold", "mm")
 
-    def __init__(self, mm: AddressSpace, *, hold: bool = False) -> None:
+    def __init__(self, mm: AddressSpace[Any], *, hold: bool = False) -> None:
         self.mm = mm
         self.hold = hold
         self._held: list[I64] = []
@@ -87,7 +88,7 @@ class Gather:
 
 
 async def zap_page_range(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     vma: Vma,
     first: int,
     last: int,
@@ -105,7 +106,7 @@ async def zap_page_range(
 
 
 async def zap_pages(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     vma: Vma,
     first: int,
     last: int,
@@ -124,7 +125,7 @@ async def zap_pages(
 
 
 def zap_run(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     vma: Vma,
     entries: U64,
     gather: Gather,
@@ -160,14 +161,14 @@ def zap_run(
     return True
 
 
-def _is_anon(mm: AddressSpace, found: U64) -> npt.NDArray[np.bool_]:
+def _is_anon(mm: AddressSpace[Any], found: U64) -> npt.NDArray[np.bool_]:
     words = mm.machine.frames.words[frames_of(found)]
     anon = (words & np.uint64(fr.PG_ANON)) != 0
     result: npt.NDArray[np.bool_] = anon & ((found & SPECIAL) == 0)
     return result
 
 
-def _drop_mappings(mm: AddressSpace, vma: Vma, found: U64, gather: Gather) -> None:
+def _drop_mappings(mm: AddressSpace[Any], vma: Vma, found: U64, gather: Gather) -> None:
     frames = mm.machine.frames
     pfns = frames_of(found)
     words = frames.words[pfns]
@@ -196,7 +197,7 @@ def _drop_mappings(mm: AddressSpace, vma: Vma, found: U64, gather: Gather) -> No
 
 
 def _zap_nonpresent(
-    mm: AddressSpace, found: U64, even_cows: bool, drop_markers: bool
+    mm: AddressSpace[Any], found: U64, even_cows: bool, drop_markers: bool
 ) -> U64 | None:
     """Drop swap entries and markers; returns what has to stay in the table, if anything."""
     kinds = found & np.uint64(f.SWP_TYPE_MASK)
@@ -216,7 +217,7 @@ def _zap_nonpresent(
     return kept if kept.any() else None
 
 
-def _distinct(mm: AddressSpace, slots: I64) -> I64:
+def _distinct(mm: AddressSpace[Any], slots: I64) -> I64:
     """The slots, each once: two entries of one range can hold one slot (KSM); those go singly."""
     if len(slots) < 2:
         return slots
@@ -229,7 +230,9 @@ def _distinct(mm: AddressSpace, slots: I64) -> I64:
     return slots
 
 
-async def _zap_huge(mm: AddressSpace, vma: Vma, first: int, last: int, section: Section) -> None:
+async def _zap_huge(
+    mm: AddressSpace[Any], vma: Vma, first: int, last: int, section: Section
+) -> None:
     for index in [i for i in mm.pt.huge if first < (i + 1) << 9 and i << 9 < last]:
         page = index << 9
         if page < first or page + 512 > last:
@@ -247,7 +250,9 @@ async def _zap_huge(mm: AddressSpace, vma: Vma, first: int, last: int, section: 
 # ---------------------------------------------------------------------- fork
 
 
-def copy_page_range(child: AddressSpace, vma: Vma, parent: AddressSpace, source: Vma) -> bool:
+def copy_page_range(
+    child: AddressSpace[Any], vma: Vma, parent: AddressSpace[Any], source: Vma
+) -> bool:
     """Copy the entries of one VMA to a child, write-protecting private ones on both sides.
 
     The PT step of fork, inside the parent's section. False if pages have to be copied one by one
@@ -273,9 +278,7 @@ def copy_page_range(child: AddressSpace, vma: Vma, parent: AddressSpace, source:
         theirs[present] &= ~np.uint64(f.PTE_ACCESSED)
         if not vma.flags & f.VM_UFFD_WP:
             theirs[present] &= ~np.uint64(f.PTE_UFFD_WP)
-        if mapped.any() and not _share_frames(
-            child, vma, page, at, found, mine, theirs, mapped
-        ):
+        if mapped.any() and not _share_frames(child, vma, page, at, found, mine, theirs, mapped):
             return False
         entries[at] = mine
         _store(child, page, at, theirs, len(entries))
@@ -284,7 +287,7 @@ def copy_page_range(child: AddressSpace, vma: Vma, parent: AddressSpace, source:
     return True
 
 
-def _store(child: AddressSpace, page: int, at: I64, theirs: U64, length: int) -> None:
+def _store(child: AddressSpace[Any], page: int, at: I64, theirs: U64, length: int) -> None:
     child.pt.populate(page + int(at[0]), page + int(at[-1]) + 1)
     dense = len(at) == length
     for low, entries in child.pt.runs(page, page + length):
@@ -296,7 +299,7 @@ def _store(child: AddressSpace, page: int, at: I64, theirs: U64, length: int) ->
 
 
 def _copy_nonpresent(
-    parent: AddressSpace, vma: Vma, mine: U64, theirs: U64, where: npt.NDArray[np.bool_]
+    parent: AddressSpace[Any], vma: Vma, mine: U64, theirs: U64, where: npt.NDArray[np.bool_]
 ) -> None:
     kinds = mine & np.uint64(f.SWP_TYPE_MASK)
     swapped = where & (kinds == np.uint64(f.SWP_SWAP))
@@ -318,7 +321,7 @@ def _copy_nonpresent(
 
 
 def _share_frames(
-    child: AddressSpace,
+    child: AddressSpace[Any],
     vma: Vma,
     page: int,
     at: I64,
@@ -354,7 +357,7 @@ def _share_frames(
     return True
 
 
-def iter_present(mm: AddressSpace, first: int, last: int) -> Any:
+def iter_present(mm: AddressSpace[Any], first: int, last: int) -> Any:
     """(page, entry) of the present small entries of [first, last), ascending; a snapshot."""
     for page, entries in mm.pt.runs(first, last):
         for at in np.flatnonzero(entries & PRESENT).tolist():

@@ -1,7 +1,7 @@
 """Migration: a page gets another frame (compaction, NUMA balancing, memory offlining).
 
-Every mapping is announced and replaced by a migration entry, at which faults wait; then the contents
-move and the entries map the new frame, which is told to nobody. Source: mm/migrate.c.
+Every mapping is announced and replaced by a migration entry, at which faults wait; then the
+contents move and the entries map the new frame, which is told to nobody. Source: mm/migrate.c.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import anyio
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, Event
+
 from . import flags as f
 from . import frames as fr
 from .filemap import File

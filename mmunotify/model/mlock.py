@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmunotify.errors import MmError
+
 from . import flags as f
 from . import frames as fr
 from .memory import PRESENT, SPECIAL, frames_of

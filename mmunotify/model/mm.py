@@ -4,8 +4,8 @@
 must take the first (`tryget`) before it touches a mapping, and fails once the last user is gone.
 
 Locking is Linux's. mmap_lock is an rwsem; a VMA that a writer changes carries the writer's sequence
-number (`vma_start_write`), and a fault on any other VMA needs no lock, because what does not suspend
-cannot be interleaved. A fault that may suspend takes mmap_lock for reading.
+number (`vma_start_write`), and a fault on any other VMA needs no lock, because what does not
+suspend cannot be interleaved. A fault that may suspend takes mmap_lock for reading.
 
 Source: include/linux/mm_types.h, kernel/fork.c (mmput), mm/mmap.c (exit_mmap).
 """
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections import deque
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 from mmunotify.errors import AddressSpaceExited
 from mmunotify.locks import LockModel, RWSemaphore, RwSems
 from mmunotify.notifiers import Notifiers
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
+
 from . import flags as f
 from . import fork as _fork
 from . import frames as fr
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from mmunotify.audience import Subscription
     from mmunotify.drivers import AnyDriver, AtomicDriver, DeferredDriver
+
     from .machine import Machine
     from .rmap import AnonVma
     from .tlb import Tlb
@@ -95,8 +97,9 @@ class AddressSpace(Generic[L]):
         """Ascending; `firsts` has their first pages."""
         self.firsts: Final[list[int]] = []
         self.primary: Final = ModelPrimary(self)
+        # Which locking model the machine has, the type parameter says.
         self.notifiers: Final[Notifiers[L]] = Notifiers(
-            machine.locks, name=name, primary=self.primary, quiesce=self._quiesce,
+            cast("type[L]", machine.locks), name=name, primary=self.primary, quiesce=self._quiesce,
             srcu=machine.srcu, logger=machine.logger,
         )  # fmt: skip
         self.users = 1
@@ -243,9 +246,7 @@ class AddressSpace(Generic[L]):
         """A fresh frame becomes an anonymous page of a VMA, exclusive, mapped once."""
         assert vma.anon_vma is not None
         frames = self.machine.frames
-        frames.word[frame] |= (
-            fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
-        )
+        frames.word[frame] |= fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
         frames.set_owner(frame, vma.anon_vma.number, page - vma.first + vma.pgoff)
         self.machine.lru.add(frame, file=False)
         if vma.flags & f.VM_LOCKED:
@@ -268,7 +269,7 @@ class AddressSpace(Generic[L]):
         return True
 
     async def anon_vma_prepare(self, vma: Vma) -> None:
-        """Give a VMA an anon_vma: a compatible neighbour's, so that they can merge, or a new one."""
+        """Give a VMA an anon_vma: a neighbour's, so that they can merge later, or a new one."""
         while not self.anon_vma_prepare_nowait(vma):
             anon_vma = self._mergeable_anon_vma(vma)
             if anon_vma is not None:
@@ -342,7 +343,7 @@ class AddressSpace(Generic[L]):
 
 
 def _could_merge(before: Vma, after: Vma) -> bool:
-    """Whether only a later change of permissions keeps two neighbours apart (anon_vma_compatible)."""
+    """Whether only permissions keep two neighbours apart (anon_vma_compatible)."""
     return (
         before.last == after.first
         and before.file is after.file

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+
 from . import flags as f
 from . import memory
 from .vma import Vma, find_vma, index_after, link, merge_new, split, unlink, vmas_in
@@ -27,7 +28,7 @@ MAX_MAP_COUNT: Final = 65530
 
 
 def pages_of(mm: AddressSpace[Any], addr: int, length: int, what: str) -> tuple[int, int]:
-    """[first, last) in pages of a range in bytes whose length is rounded up; EINVAL if unaligned."""
+    """[first, last) in pages of a range in bytes, its end rounded up; EINVAL if unaligned."""
     if addr & (PAGE_SIZE - 1) or addr < 0 or length < 0:
         raise MmError(
             errno.EINVAL,
@@ -217,7 +218,7 @@ def _sealed(vma: Vma) -> MmError:
 
 
 async def brk(mm: AddressSpace[Any], addr: int) -> int:
-    """Move the end of the heap to `addr` bytes; returns where it is now, unmoved if it cannot be."""
+    """Move the end of the heap to `addr`; returns where it is now, unmoved if it cannot be."""
     mm.require_alive()
     if addr < mm.brk_start:
         return mm.brk_end

@@ -13,6 +13,7 @@ import numpy as np
 
 from mmunotify.errors import BadAddress, MmError
 from mmunotify.ranges import Event
+
 from . import flags as f
 from . import frames as fr
 from . import gup

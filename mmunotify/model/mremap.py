@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+
 from . import flags as f
 from .mmap import MAX_MAP_COUNT, TASK_SIZE, do_munmap, hole, link_file
 from .vma import Vma, find_vma, link, merge_new, vmas_in
@@ -179,9 +180,7 @@ async def _move_vmas(
         if vma.uffd is not None and (result >= 0 or vma.last < last):
             raise MmError(errno.EFAULT, f"{what}: {vma!r} has to be moved alone")
         vma = _check(mm, low, high - low, high - low, flags, what)
-        moved = await _mremap_to(
-            mm, vma, low, high - low, high - low, target + gap, keep, what
-        )
+        moved = await _mremap_to(mm, vma, low, high - low, high - low, target + gap, keep, what)
         if result < 0:
             result = moved
         target = moved + high - low
@@ -306,5 +305,3 @@ def _realign(
         and not vmas_in(mm, target - offset, target)
     )
     return (first - offset, target - offset) if harmless else (first, target)
-
-

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmunotify.errors import WouldBlock
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
+
 from . import flags as f
 from . import memory
 

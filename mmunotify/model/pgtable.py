@@ -36,7 +36,7 @@ class Leaf:
     def __init__(self, slab: U64, row: int) -> None:
         self.slab = slab
         self.row = row
-        self.pte: Any = memoryview(slab)[row * ENTRIES : (row + 1) * ENTRIES]
+        self.pte: Any = slab.data[row * ENTRIES : (row + 1) * ENTRIES]
 
     @property
     def entries(self) -> U64:
@@ -222,9 +222,7 @@ class PageTable:
                 self._gibs.remove(gib)
 
 
-def _cut(
-    slab: U64, row: int, index: int, count: int, start: int, end: int
-) -> tuple[int, U64]:
+def _cut(slab: U64, row: int, index: int, count: int, start: int, end: int) -> tuple[int, U64]:
     first = max(start, index << 9)
     last = min(end, (index + count) << 9)
     base = row * ENTRIES - (index << 9)

@@ -1,8 +1,8 @@
 """`mmunotify.primary.Primary` over an address space of the model: what its drivers may ask.
 
 A translation that is used after its frame was freed raises StaleTranslation: the generation stamp
-tells, and the text, which is built only then, names the drivers that could have held it and the last
-announcement that covered it.
+tells, and the text, which is built only then, names the drivers that could have held it and the
+last announcement that covered it.
 
 Frames are read and written by number, as a device does it.
 """
@@ -16,6 +16,7 @@ import numpy as np
 from mmunotify.errors import BadAddress, MmError, StaleTranslation
 from mmunotify.primary import Region, Translation, Translations
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
+
 from . import flags as f
 from . import frames as fr
 from .memory import PRESENT, frames_of
@@ -24,7 +25,10 @@ from .vma import find_vma, vmas_in
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import numpy.typing as npt
+
     from mmunotify.primary import Pin
+
     from .mm import AddressSpace
 
 _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
@@ -78,11 +82,11 @@ class ModelPrimary:
             found.append(entries[at])
         if not pages:
             empty = np.zeros(0, np.int64)
-            return Translations(empty, empty, empty, empty)
+            return _columns(empty, empty, empty, empty)
         entries = np.concatenate(found)
         frames = frames_of(entries)
         words = mm.machine.frames.words[frames]
-        return Translations(
+        return _columns(
             np.concatenate(pages),
             frames,
             ((entries & np.uint64(f.PTE_RW)) != 0).astype(np.int64),
@@ -97,9 +101,7 @@ class ModelPrimary:
         page = address >> PAGE_SHIFT
         async with mm.mmap_lock.reading():
             vma = find_vma(mm, page)
-            allowed = vma is not None and vma.flags & (
-                f.VM_WRITE if write else f.VM_ACCESS_FLAGS
-            )
+            allowed = vma is not None and vma.flags & (f.VM_WRITE if write else f.VM_ACCESS_FLAGS)
             if vma is None or not allowed:
                 raise BadAddress(
                     f"fault_in({address:#x}) in {mm.name}: "
@@ -214,3 +216,14 @@ class ModelPrimary:
     async def put(self) -> None:
         """Give a `tryget` reference back; the last one tears the address space down (mmput)."""
         await self.mm.put()
+
+
+def _columns(
+    pages: npt.NDArray[np.int64],
+    frames: npt.NDArray[np.int64],
+    writable: npt.NDArray[np.int64],
+    generations: npt.NDArray[np.int64],
+) -> Translations:
+    """Arrays are sequences of integers, which numpy's own types do not say."""
+    columns: tuple[Any, ...] = (pages, frames, writable, generations)
+    return Translations(*columns)

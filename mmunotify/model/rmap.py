@@ -1,7 +1,7 @@
 """Reverse maps: from a frame to the VMAs that map it (anon_vma, i_mmap).
 
-A frame's owner is an anon_vma or a file, found by number; each keeps its VMAs in an interval tree by
-page offset. Walks run under the owner's lock for reading and visit VMAs in offset order, which is
+A frame's owner is an anon_vma or a file, found by number; each keeps its VMAs in an interval tree
+by page offset. Walks run under the owner's lock for reading and visit VMAs in offset order, which is
 the order of announcements; whoever changes a VMA's place takes it for writing. Offsets are pages.
 
 Source: mm/rmap.c, mm/interval_tree.c.
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from mmunotify.locks import LockModel, RmapLock
+
     from .filemap import File
     from .ksm import StableNode
     from .vma import Vma
@@ -155,13 +156,11 @@ class AnonVmas:
         """Give a child's VMA its own anon_vma below its parent's, and links to those above."""
         if source.anon_vma is None:
             return
-        vma.anon_vma = None
         self.clone(vma, source)
-        if vma.anon_vma is not None:
-            return
-        vma.anon_vma = self.alloc(source.anon_vma)
-        vma.anon_vma.active += 1
-        self.link(vma, vma.anon_vma)
+        if vma.anon_vma is None:
+            vma.anon_vma = self.alloc(source.anon_vma)
+            vma.anon_vma.active += 1
+            self.link(vma, vma.anon_vma)
 
     def unlink(self, vma: Vma) -> None:
         """The VMA goes: free the anon_vmas that nobody else is linked to."""

@@ -31,9 +31,9 @@ class Swap:
         self.count: Final = count
         self.frames: Final = frames
         self._counts: Final[npt.NDArray[np.uint16]] = np.zeros(count, np.uint16)
-        self._uses: Final[Any] = memoryview(self._counts)
+        self._uses: Final[Any] = self._counts.data
         self._free: Final[npt.NDArray[np.uint32]] = np.arange(count - 1, -1, -1, dtype=np.uint32)
-        self._slots: Final[Any] = memoryview(self._free)
+        self._slots: Final[Any] = self._free.data
         self._top = count
         self.cache: Final[dict[int, int]] = {}
         """Slot to the frame that has its contents (the swap cache)."""
@@ -154,7 +154,7 @@ class Swap:
     def hit(self, vma: Vma, page: int, frame: int) -> None:
         """A fault found its page in the cache: count whether readahead was why."""
         word = self.frames.word
-        at, window, hits = vma.swap_ra
+        _, window, hits = vma.swap_ra
         if word[frame] & fr.PG_READAHEAD:
             word[frame] &= ~fr.PG_READAHEAD
             hits = min(hits + 1, _HITS_MAX)

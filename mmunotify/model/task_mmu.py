@@ -12,6 +12,7 @@ import numpy as np
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, ULONG_MAX, Event, Range
+
 from . import flags as f
 from . import frames as fr
 from .vma import Vma, vmas_in
@@ -93,8 +94,8 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
 def pagemap(mm: AddressSpace[Any], start: int, end: int) -> list[tuple[int, str, int | None]]:
     """(page number, code, frame or None) of the pages in [start, end) bytes that have an entry.
 
-    a anonymous, f file, upper case if mapped more than once; z zero page, k KSM, s swap; then h part
-    of a huge folio, c in the swap cache, w write-protected by uffd, g guard.
+    a anonymous, f file, upper case if mapped more than once; z zero page, k KSM, s swap; then h
+    part of a huge folio, c in the swap cache, w write-protected by uffd, g guard.
     """
     words = mm.machine.frames.word
     found: list[tuple[int, str, int | None]] = []

@@ -1,7 +1,7 @@
 """A primary CPU's TLB, for those who watch it: it keeps what it has until somebody flushes.
 
-`mm.tlb = Tlb(mm)` makes every access fill it. `load` reads through it as the CPU would, which is how
-a page that is freed before its flush is found (a mremap that flushed late was CVE-2018-18281).
+`mm.tlb = Tlb(mm)` makes every access fill it. `load` reads through it as the CPU would, which is
+how a page that is freed before its flush is found (a mremap that flushed late was CVE-2018-18281).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import StaleTranslation
 from mmunotify.ranges import PAGE_SHIFT, page_down
+
 from . import flags as f
 from . import frames as fr
 

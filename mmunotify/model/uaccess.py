@@ -1,7 +1,7 @@
 """The process's own accesses, and the kernel's to user memory: where page faults come from.
 
-An access that the entry permits sets its accessed and dirty bits and costs nothing else; one that it
-does not is a page fault. `touch` is the fast way for many pages: fresh anonymous memory is filled
+An access that the entry permits sets its accessed and dirty bits and costs nothing else; one that
+it does not is a page fault. `touch` is the fast way for many pages: fresh anonymous memory is filled
 in vector steps, which the single access does not share.
 
 Source: arch/x86/mm/fault.c.
@@ -15,6 +15,7 @@ import numpy as np
 
 from mmunotify.errors import BadAddress
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
+
 from . import flags as f
 from . import frames as fr
 from .fault import _NEW_ANON_LRU, RETRY, fault_nowait, handle_mm_fault
@@ -136,11 +137,7 @@ def _expand_stack(mm: AddressSpace[Any], page: int) -> Vma | None:
     if at:
         prev = mm.vmas[at - 1]
         gap = page - prev.last
-        if (
-            not prev.flags & f.VM_GROWSDOWN
-            and prev.flags & f.VM_ACCESS_FLAGS
-            and gap < _STACK_GAP
-        ):
+        if not prev.flags & f.VM_GROWSDOWN and prev.flags & f.VM_ACCESS_FLAGS and gap < _STACK_GAP:
             return None
     if not mm.anon_vma_prepare_nowait(vma):
         return None
@@ -200,7 +197,11 @@ async def touch(
 
     Fresh anonymous memory is filled in vector steps if no contents are kept or stored.
     """
-    if step != PAGE_SIZE or mm.on_fault is not None or (value and mm.machine.frames.data is not None):
+    if (
+        step != PAGE_SIZE
+        or mm.on_fault is not None
+        or (value and mm.machine.frames.data is not None)
+    ):
         for at in range(addr, addr + length, step):
             await access(mm, at, write, value)
             await mm.machine.cond_resched(1)
@@ -300,9 +301,7 @@ async def copy_to_user(mm: AddressSpace[Any], addr: int, length: int, value: int
     return await _kernel_access(mm, addr, length, value)
 
 
-async def _kernel_access(
-    mm: AddressSpace[Any], addr: int, length: int, value: int | None
-) -> int:
+async def _kernel_access(mm: AddressSpace[Any], addr: int, length: int, value: int | None) -> int:
     write = value is not None
     mm.machine.lru.drain()
     flags = f.FAULT_KERNEL | (f.FAULT_WRITE if write else 0)

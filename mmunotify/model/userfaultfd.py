@@ -1,8 +1,8 @@
 """userfaultfd as operations of an address space: missing pages and write protection.
 
 A fault in a registered range waits, without mmap_lock, until somebody copies, zeroes or unprotects
-its page or unregisters the range. Only write protection and moves are announced: a page that appears
-is nothing that a driver could hold.
+its page or unregisters the range. Only write protection and moves are announced: a page that
+appears is nothing that a driver could hold.
 
 Source: mm/userfaultfd.c, fs/userfaultfd.c.
 """
@@ -16,6 +16,7 @@ import anyio
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+
 from . import flags as f
 from . import frames as fr
 from .mmap import pages_of
@@ -52,11 +53,8 @@ class UserFaultFd:
         """Whether a write to a protected page unprotects it and goes on."""
         return bool(self.features & FEATURE_WP_ASYNC)
 
-    async def handle(self, mm: AddressSpace[Any], page: int, flags: int) -> bool:
-        """A fault waits until it is worth trying again; drops mmap_lock meanwhile.
-
-        Always True: the caller retries.
-        """
+    async def handle(self, mm: AddressSpace[Any], page: int, flags: int) -> None:
+        """A fault waits until it is worth trying again; drops mmap_lock meanwhile."""
         event = self._waiting.get(page)
         if event is None:
             event = self._waiting[page] = anyio.Event()
@@ -68,7 +66,6 @@ class UserFaultFd:
         finally:
             with anyio.CancelScope(shield=True):
                 await mm.mmap_lock.down_read()
-        return True
 
     def wake(self, first: int, last: int) -> None:
         """Let the faults that wait on pages [first, last) try again."""
@@ -97,9 +94,7 @@ class UserFaultFd:
             for vma in vmas:
                 low, high = max(first, vma.first), min(last, vma.last)
                 flags = vma.flags | _MODES[mode]
-                merged = await modify(
-                    self.mm, vma, low, high, flags, uffd=self, keep_uffd=False
-                )
+                merged = await modify(self.mm, vma, low, high, flags, uffd=self, keep_uffd=False)
                 self.mm.vma_start_write(merged)
                 merged.flags = flags | merged.flags & f.VM_MAYBE_GUARD
                 merged.uffd = self
@@ -116,9 +111,7 @@ class UserFaultFd:
                 if vma.flags & f.VM_UFFD_WP:
                     await change_protection(self.mm, vma, low, high, uffd_wp=False)
                 flags = vma.flags & ~(f.VM_UFFD_MISSING | f.VM_UFFD_WP)
-                merged = await modify(
-                    self.mm, vma, low, high, flags, uffd=None, keep_uffd=False
-                )
+                merged = await modify(self.mm, vma, low, high, flags, uffd=None, keep_uffd=False)
                 self.mm.vma_start_write(merged)
                 merged.flags = flags | merged.flags & f.VM_MAYBE_GUARD
                 merged.uffd = None

@@ -9,9 +9,10 @@ Source: mm/vma.c.
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmunotify.ranges import PAGE_SHIFT
+
 from . import flags as f
 from .rmap import WriteLocked, locks_of
 
@@ -49,7 +50,7 @@ class Vma:
 
     def __init__(
         self,
-        mm: AddressSpace,
+        mm: AddressSpace[Any],
         first: int,
         last: int,
         flags: int,
@@ -158,7 +159,7 @@ class Vma:
             self.file.i_mmap.insert(self)
 
 
-def find_vma(mm: AddressSpace, page: int) -> Vma | None:
+def find_vma(mm: AddressSpace[Any], page: int) -> Vma | None:
     """The VMA that maps a page (vma_lookup)."""
     at = bisect_right(mm.firsts, page) - 1
     if at >= 0:
@@ -168,7 +169,7 @@ def find_vma(mm: AddressSpace, page: int) -> Vma | None:
     return None
 
 
-def index_after(mm: AddressSpace, page: int) -> int:
+def index_after(mm: AddressSpace[Any], page: int) -> int:
     """The index in `mm.vmas` of the first VMA that ends above a page (find_vma)."""
     at = bisect_right(mm.firsts, page)
     if at and mm.vmas[at - 1].last > page:
@@ -176,27 +177,27 @@ def index_after(mm: AddressSpace, page: int) -> int:
     return at
 
 
-def vmas_in(mm: AddressSpace, first: int, last: int) -> list[Vma]:
+def vmas_in(mm: AddressSpace[Any], first: int, last: int) -> list[Vma]:
     """The VMAs that meet pages [first, last), ascending; a snapshot."""
     low = index_after(mm, first)
     high = bisect_right(mm.firsts, last - 1)
     return mm.vmas[low:high]
 
 
-def link(mm: AddressSpace, vma: Vma) -> None:
+def link(mm: AddressSpace[Any], vma: Vma) -> None:
     """Put a VMA into the sorted list."""
     at = bisect_right(mm.firsts, vma.first)
     mm.firsts.insert(at, vma.first)
     mm.vmas.insert(at, vma)
 
 
-def unlink(mm: AddressSpace, vma: Vma) -> None:
+def unlink(mm: AddressSpace[Any], vma: Vma) -> None:
     """Take a VMA out of the sorted list."""
     at = bisect_right(mm.firsts, vma.first) - 1
     del mm.firsts[at], mm.vmas[at]
 
 
-def _moved(mm: AddressSpace, vma: Vma, was: int) -> None:
+def _moved(mm: AddressSpace[Any], vma: Vma, was: int) -> None:
     """The VMA's first page changed: correct the sorted list, in which its place is the same."""
     if vma.first != was:
         mm.firsts[bisect_right(mm.firsts, was) - 1] = vma.first
@@ -222,7 +223,7 @@ async def _adjust_trans_huge(vma: Vma, first: int, last: int, nxt: Vma | None) -
 # ---------------------------------------------------------------------- split
 
 
-async def split(mm: AddressSpace, vma: Vma, page: int, *, new_below: bool) -> Vma:
+async def split(mm: AddressSpace[Any], vma: Vma, page: int, *, new_below: bool) -> Vma:
     """Cut a VMA at a page; returns the new one, which is below or above it (__split_vma).
 
     mmap_lock is held for writing. May suspend; announces the enclosing 2 MiB.
@@ -281,7 +282,7 @@ def _neighbours_compatible(prev: Vma, nxt: Vma) -> bool:
 
 
 async def merge_new(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     first: int,
     last: int,
     flags: int,
@@ -330,7 +331,7 @@ async def merge_new(
 
 
 async def _merge_existing(
-    mm: AddressSpace, vma: Vma, first: int, last: int, flags: int, uffd: UserFaultFd | None
+    mm: AddressSpace[Any], vma: Vma, first: int, last: int, flags: int, uffd: UserFaultFd | None
 ) -> Vma | None:
     """Give [first, last) of a VMA to a neighbour that has `flags` already."""
     left_side, right_side = first == vma.first, last == vma.last
@@ -384,7 +385,7 @@ async def _merge_existing(
 
 
 async def _commit(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     target: Vma,
     first: int,
     last: int,
@@ -432,7 +433,7 @@ async def _commit(
 
 
 async def modify(
-    mm: AddressSpace,
+    mm: AddressSpace[Any],
     vma: Vma,
     first: int,
     last: int,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, Event
+
 from . import flags as f
 from . import frames as fr
 from . import huge_memory
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from mmunotify.locks import RmapLock
+
     from .machine import Machine
     from .mm import AddressSpace
     from .vma import Vma
@@ -370,7 +372,5 @@ def _clear_young(mm: AddressSpace[Any], page: int) -> bool:
     if mm.notifiers.armed:
         span = 512 if huge else 1
         start = page & ~(span - 1)
-        young |= mm.notifiers.clear_flush_young(
-            start << PAGE_SHIFT, (start + span) << PAGE_SHIFT
-        )
+        young |= mm.notifiers.clear_flush_young(start << PAGE_SHIFT, (start + span) << PAGE_SHIFT)
     return young
