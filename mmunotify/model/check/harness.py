@@ -36,7 +36,7 @@ from mmunotify.model.flags import (
 from mmunotify.model.machine import Machine
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 
-from .guest import Guest
+from .guest import Guest, touch
 from .observe import BASE, Announcement, Outcome, Recorder, look
 
 if TYPE_CHECKING:
@@ -95,12 +95,12 @@ class Harness:
         self._pins: dict[str, Any] = {}
         self._faults: list[tuple[int, str, str]] = []
         self._uffd: Any = None
-        self._guest = Guest()
 
     async def __aenter__(self) -> Self:
         await self._machine.__aenter__()
         parent = self._machine.new_mm(PARENT)
         await self._adopt(PARENT, parent)
+        self._guest = Guest(parent)
         await parent.register(self._guest)
         return self
 
@@ -390,10 +390,12 @@ class Harness:
     # ------------------------------------------------------------------ the guest
 
     async def _do_gtouch(self, mm: AddressSpace[Any], a: Json) -> Any:
-        if a["rw"] == "w":
-            bad = await self._guest.write(mm, a["at"], a["n"], a["val"])
-            return {"bad": bad} if bad else 0
-        return {"v": _run_lengths(await self._guest.read(mm, a["at"], a["n"]))}
+        write = a["rw"] == "w"
+        seen = await touch(self._guest, a["at"], a["n"], a["val"] if write else None)
+        if not write:
+            return {"v": _run_lengths(seen)}
+        bad = [[a["at"] + at, why] for at, why in enumerate(seen) if why]
+        return {"bad": bad} if bad else 0
 
     async def _do_gslot(self, mm: AddressSpace[Any], a: Json) -> int:
         self._guest.set_slot(a.get("at", 0) if a["how"] == "set" else None)
