@@ -34,7 +34,12 @@ app.command(
 app.command(
     "mmunotify.cli.replay:replay",
     name="replay",
-    help="Replay recorded programs with drivers attached, and show what each was told.",
+    help="Replay recorded programs into the software model, and print what a driver was told.",
+)
+app.command(
+    "mmunotify.cli.compare:compare",
+    name="compare",
+    help="Replay one recorded program in several designs, and print what each costs.",
 )
 
 

@@ -6,7 +6,7 @@ import json as jsonlib
 import signal
 from contextlib import ExitStack, contextmanager
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeAlias
 
 import anyio
 from cyclopts import Parameter
@@ -19,7 +19,7 @@ from mmunotify import RwSems, SpinLocks
 from mmunotify.traces.figures import figures
 from mmunotify.traces.log import TraceLog
 from mmunotify.traces.recording import Recording
-from mmunotify.traces.replay import Design, Replay
+from mmunotify.traces.replay import Batching, Design, Era, Replay
 from mmunotify.traces.touching import Touching
 
 from .choices import choose
@@ -48,15 +48,18 @@ def touching(kind: object, tokens: Sequence[Token]) -> Touching:
     return Touching.parse(tokens[0].value)
 
 
+DeviceOption: TypeAlias = Annotated[
+    Touching, Parameter(converter=touching, accepts_keys=False, n_tokens=1)
+]
+
+
 def replay(
     *files: Annotated[Path, Parameter(required=True)],
     driver: Annotated[list[str] | None, Parameter(name="--driver", negative="")] = None,
     locks: Literal["spin", "rwsem"] = "rwsem",
-    batching: Literal["page", "pte512", "gather", "range"] = "range",
-    era: Literal["linux-6", "v16"] = "linux-6",
-    device: Annotated[
-        Touching, Parameter(converter=touching, accepts_keys=False, n_tokens=1)
-    ] = HOT,
+    batching: Batching = "range",
+    era: Era = "linux-6",
+    device: DeviceOption = HOT,
     log: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -113,6 +116,7 @@ def replay(
 
 def run(replay: Replay, *, quiet: bool) -> None:
     """Run a replay to its end, or to the first Ctrl-C; the second one is the usual exception."""
+    console = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,9 +124,9 @@ def run(replay: Replay, *, quiet: bool) -> None:
         TextColumn("{task.fields[rate]}"),
         TextColumn("{task.fields[told]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=quiet,
+        disable=quiet or not console.is_terminal,
     )
     task = progress.add_task(
         replay.recording.name, total=replay.recording.header.events, rate="", told=""

@@ -249,8 +249,8 @@ class Replay:
         except BadAddress as error:
             self._refused("fault", error)
         fault.model = self._take()
-        await space.toucher.faulted(address, pages, fault.write)
-        if self._heard:
+        if space.toucher is not None:
+            await space.toucher.faulted(address, pages, fault.write)
             self._heard.clear()
 
     async def _end_fault(self, task: Task, fault: Fault) -> None:
@@ -388,8 +388,9 @@ class Replay:
             task.replacing = False
         if space.recorded and (task.kernel or task.model):
             self.matches.compare(call.name, task.kernel, task.model)
-        await space.toucher.called()
-        self._heard.clear()
+        if space.toucher is not None:
+            await space.toucher.called()
+            self._heard.clear()
 
     async def _let_go(self, space: Space) -> None:
         """mmap_lock is free: the faults that waited for it go on."""
@@ -476,7 +477,8 @@ class Replay:
             await mm.register(driver)
             drivers.append(driver)
         devices: list[Device] = [driver for driver in drivers if isinstance(driver, Device)]
-        space = Space(mm, drivers, Toucher(self._draws, mm.primary, devices))
+        toucher = Toucher(self._draws, mm.primary, devices) if devices else None
+        space = Space(mm, drivers, toucher)
         self._spaces.append(space)
         return space
 

@@ -26,7 +26,8 @@ class Space:
     mm: AddressSpace[Any]
     drivers: list[AnyDriver]
     """The drivers that were attached, in the order of the meters."""
-    toucher: Toucher
+    toucher: Toucher | None
+    """None without a device to use memory."""
     tasks: int = 1
     recorded: bool = False
     """The kernel's announcements are in the recording from here on."""
