@@ -27,6 +27,7 @@ BATCHINGS: Final[tuple[Batching, ...]] = ("page", "pte512", "gather", "range")
 
 def compare(
     file: Path,
+    /,
     *,
     driver: Annotated[list[str] | None, Parameter(name="--driver", negative="")] = None,
     locks: Annotated[list[Locks] | None, Parameter(negative="")] = None,

@@ -177,7 +177,15 @@ def show(console: Console, found: dict[str, Any]) -> None:
             f"  the kernel announced {found['kernel_announcements']:,} ranges in calls and faults, "
             f"the model {found['matched']:,} of them ({share:.2%}) and {found['extra']:,} others"
         )
-    console.print(f"  given: {found['given']:,} reclaimed by others, {found['aged']:,} aged")
+    notes = {"reclaimed by others": found["given"], "aged by others": found["aged"]}
+    console.print(f"  given: {', '.join(f'{count:,} {what}' for what, count in notes.items())}")
+    notes = {
+        "found dirty only by their writeback": found["inferred"],
+        "answered with a signal": found["signals"],
+    }
+    for what, count in notes.items():
+        if count:
+            console.print(f"  pages {what}: {count:,}")
     for name in ("missing", "surplus", "unexplained"):
         if found[name]:
             listed = "; ".join(f"{what}: {count:,}" for what, count in found[name].items())

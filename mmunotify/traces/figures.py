@@ -58,6 +58,7 @@ def figures(replay: Replay) -> dict[str, Any]:
         "given": replay.given,
         "aged": replay.aged,
         "inferred": replay.inferred,
+        "signals": replay.signals,
         "missing": dict(matches.missing.most_common()),
         "surplus": dict(matches.surplus.most_common()),
         "unexplained": dict(replay.unexplained.most_common()),

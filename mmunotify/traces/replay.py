@@ -99,6 +99,8 @@ class Replay:
         """Announcements of others' reclaim, which were done because the recording has them."""
         self.aged = 0
         """Questions whether a page was used, asked by others likewise."""
+        self.signals = 0
+        """Accesses that the model answers with a signal, as a program may provoke on purpose."""
         self.unexplained: Final[Counter[str]] = Counter()
         """What the recording has and the model could not do, by what it was."""
         self.stopped = False
@@ -246,8 +248,8 @@ class Replay:
                 await mm.access(address, fault.write)
             else:
                 await mm.touch(address & -PAGE_SIZE, pages * PAGE_SIZE, fault.write)
-        except BadAddress as error:
-            self._refused("fault", error)
+        except BadAddress:
+            self.signals += 1
         fault.model = self._take()
         if space.toucher is not None:
             await space.toucher.faulted(address, pages, fault.write)
@@ -351,7 +353,7 @@ class Replay:
         try:
             await space.mm.primary.fault_in(host, write=bool(code & _CODE_WRITE))
         except BadAddress as error:
-            self._refused("guest fault", error)
+            self.unexplained[f"guest fault: {error}"] += 1
         self._heard.clear()
 
     # ------------------------------------------------------------------ system calls
@@ -495,9 +497,6 @@ class Replay:
     def _name(self, tid: int) -> str:
         self._names += 1
         return f"{self.recording.name}.{tid}"
-
-    def _refused(self, what: str, error: BadAddress) -> None:
-        self.unexplained[f"{what}: {error}"] += 1
 
 
 _CHECKED: Final = frozenset(
