@@ -47,11 +47,14 @@ class Dispatch:
         """The domain of the read sections in which coroutine callbacks run."""
         self.armed = False
         """Whether anybody has to be told; a plain attribute, for call sites to test."""
+        self.plain = True
+        """Whether all who are told can be told in one step: no coroutine, nothing to finish."""
         self._log = log.Log(logger, mm=name)
         self._thread = 0
         self._token: Any = None
         self._subscriptions: list[Subscription[AnyDriver]] = []
         self._tracer: Tracer | None = None
+        self._guard: Final = Guard(name, self._enter)
         self._audience = self._listed()
         self._draining: list[Audience] = []
         self._drained: list[tuple[set[Audience], Callable[[], object]]] = []
@@ -322,6 +325,17 @@ class Dispatch:
                 "put is allowed there, or use a task of your own"
             )
 
+    def wait_for_sections(self, what: str) -> None:
+        """`refuse_in_callback` for whoever is about to wait until open sections are over.
+
+        With lockdep that is an error also inside a section of the caller's own (LockRecursion),
+        under a lock that is taken inside sections (LockOrderViolation), and where nothing may
+        suspend (ScheduleWhileAtomic).
+        """
+        self.refuse_in_callback(what)
+        if lockdep.enabled:
+            self._guard.wait(f"{what} at {self.name}")
+
     def distrust(self, subscription: Subscription[AnyDriver]) -> None:
         """Have every section that is open now name `subscription` in its `failed`.
 
@@ -363,7 +377,7 @@ class Dispatch:
     def _listed(self) -> Audience:
         watchers: list[Watcher] = [] if self._tracer is None else [self._tracer]
         if lockdep.enabled:
-            watchers.append(Guard(self._enter))
+            watchers.append(self._guard)
         return Audience((sub for sub in self._subscriptions if sub.hashed), watchers)
 
     def _replace(self) -> None:
@@ -371,6 +385,7 @@ class Dispatch:
         old = self._audience
         self._audience = self._listed()
         self.armed = bool(self._audience.subscriptions) or self._tracer is not None
+        self.plain = not (self._audience.suspends or self._audience.sync_calls)
         if old.open:
             self._draining.append(old)
         for told in self._draining:
