@@ -107,10 +107,10 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
             return RETRY
         entry &= ~f.PTE_UFFD_WP
         leaf.pte[page & 511] = entry
-    if vma.flags & f.VM_SHARED or entry & f.PTE_SPECIAL:
+    if vma.flags & f.VM_SHARED:
         return RETRY
-    if not can_reuse(mm, (entry & f.PFN_MASK) >> PAGE_SHIFT):
-        return RETRY
+    if entry & f.PTE_SPECIAL or not can_reuse(mm, (entry & f.PFN_MASK) >> PAGE_SHIFT):
+        return _copy_nowait(mm, vma, page, entry, bool(flags & f.FAULT_UNSHARE))
     if not flags & f.FAULT_UNSHARE:
         writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
         leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
@@ -178,6 +178,38 @@ async def _do_wp_page(mm: AddressSpace[Any], vma: Vma, page: int, flags: int, en
     return await wp_page_copy(mm, vma, page, entry, unshare=bool(flags & f.FAULT_UNSHARE))
 
 
+def _copy_nowait(mm: AddressSpace[Any], vma: Vma, page: int, entry: int, unshare: bool) -> int:
+    """`wp_page_copy` in one step, where nobody has to be awaited."""
+    machine = mm.machine
+    frames = machine.frames
+    notifiers = mm.notifiers
+    if (
+        not notifiers.plain
+        or frames.free <= machine.low
+        or (vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma))
+    ):
+        return RETRY
+    zero = bool(entry & f.PTE_SPECIAL)
+    old = (entry & f.PFN_MASK) >> PAGE_SHIFT
+    new = frames.alloc()
+    if not zero:
+        frames.copy(old, new)
+    failed: object = ()
+    if notifiers.armed:
+        rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
+        mm.announced.append(rng)
+        told = notifiers.invalidate_range_start_atomic(rng)
+        _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+        failed = notifiers.invalidate_range_end_atomic(rng, told)
+    else:
+        _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+    if failed:
+        frames.leaked += 1
+    elif not zero:
+        machine.put_page(old)
+    return 0
+
+
 async def wp_page_copy(
     mm: AddressSpace[Any], vma: Vma, page: int, entry: int, *, unshare: bool = False
 ) -> int:
@@ -202,6 +234,7 @@ async def wp_page_copy(
     try:
         if notifiers.armed:
             rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
+            mm.announced.append(rng)
             told = await notifiers.invalidate_range_start(rng)
             try:
                 done = _install_copy(mm, vma, page, entry, old, new, zero, unshare)

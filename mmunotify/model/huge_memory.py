@@ -20,9 +20,9 @@ from . import flags as f
 from . import frames as fr
 
 if TYPE_CHECKING:
-    from .vma import Vma
     from .machine import Machine
     from .mm import AddressSpace
+    from .vma import Vma
 
 NR: Final = 512
 _HUGE: Final = (

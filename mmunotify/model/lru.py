@@ -57,12 +57,12 @@ class Lru:
         self._logs: Final = [_Log(1024) for _ in range(4)]
         self._lazy: Final[list[tuple[int, int]]] = []
 
-    def append(self, frame: int) -> None:
-        """A new anonymous page, whose flags say so already, goes to the inactive list."""
-        log = self._logs[0]
+    def append(self, frame: int, which: int = INACTIVE_ANON) -> None:
+        """A page whose flags name this list already goes to its young end."""
+        log = self._logs[which]
         tail = log.tail
         if tail == len(log.slots):
-            self._pack(0, 1)
+            self._pack(which, 1)
             tail = log.tail
         log.slots[tail] = frame
         self._position[frame] = tail
@@ -85,19 +85,14 @@ class Lru:
     def add(self, frame: int, *, file: bool) -> None:
         """Put a frame on the inactive list of its kind."""
         self._frames.word[frame] |= fr.PG_LRU
-        self._extend(INACTIVE_FILE if file else INACTIVE_ANON, np.array([frame], np.uint32))
+        self.append(frame, INACTIVE_FILE if file else INACTIVE_ANON)
 
     def move(self, frame: int) -> None:
         """Put a frame at the young end of the list that its flags name now."""
         word = self._frames.word[frame] | fr.PG_LRU
         self._frames.word[frame] = word
         which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
-        log = self._logs[which]
-        if log.tail == len(log.slots):
-            self._pack(which, 1)
-        log.slots[log.tail] = frame
-        self._position[frame] = log.tail
-        log.tail += 1
+        self.append(frame, which)
 
     def deactivate(self, frames: npt.NDArray[np.int64]) -> None:
         """Make pages the first candidates for reclaim again (folio_deactivate)."""

@@ -1,8 +1,9 @@
 """Reverse maps: from a frame to the VMAs that map it (anon_vma, i_mmap).
 
 A frame's owner is an anon_vma or a file, found by number; each keeps its VMAs in an interval tree
-by page offset. Walks run under the owner's lock for reading and visit VMAs in offset order, which is
-the order of announcements; whoever changes a VMA's place takes it for writing. Offsets are pages.
+by page offset. Walks run under the owner's lock for reading and visit VMAs in offset order, which
+is the order of announcements; whoever changes a VMA's place takes it for writing. Offsets are
+pages.
 
 Source: mm/rmap.c, mm/interval_tree.c.
 """

@@ -1,8 +1,8 @@
 """The process's own accesses, and the kernel's to user memory: where page faults come from.
 
-An access that the entry permits sets its accessed and dirty bits and costs nothing else; one that
-it does not is a page fault. `touch` is the fast way for many pages: fresh anonymous memory is filled
-in vector steps, which the single access does not share.
+An access that the entry permits sets its accessed and dirty bits and costs nothing else; one
+that it does not is a page fault. `touch` is the fast way for many pages: fresh anonymous memory is
+filled in vector steps, which the single access does not share.
 
 Source: arch/x86/mm/fault.c.
 """
@@ -73,12 +73,11 @@ async def access(
 
 async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
     """One page fault exception, handled; raises BadAddress if it ends in a signal."""
-    mm.require_alive()
-    entry = mm.pt.get(page)
-    if entry & _READABLE == _READABLE:
-        flags |= f.FAULT_PRESENT
+    if not mm.users:
+        mm.require_alive()
     if mm.on_fault is not None:
-        mm.on_fault(page << PAGE_SHIFT, flags)
+        present = mm.pt.get(page) & _READABLE == _READABLE
+        mm.on_fault(page << PAGE_SHIFT, flags | f.FAULT_PRESENT if present else flags)
     vma = find_vma(mm, page)
     if vma is not None and vma.lock_seq != mm.lock_seq and not _refused(vma, flags):
         # The per-VMA lock: nobody can change this VMA before the next await.
@@ -197,11 +196,8 @@ async def touch(
 
     Fresh anonymous memory is filled in vector steps if no contents are kept or stored.
     """
-    if (
-        step != PAGE_SIZE
-        or mm.on_fault is not None
-        or (value and mm.machine.frames.data is not None)
-    ):
+    stored = value and mm.machine.frames.data is not None
+    if step != PAGE_SIZE or mm.on_fault is not None or stored:
         for at in range(addr, addr + length, step):
             await access(mm, at, write, value)
             await mm.machine.cond_resched(1)
