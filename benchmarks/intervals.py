@@ -72,7 +72,12 @@ def trees() -> list[Row]:
             _query(few, hits), _query(many, hits), bare_calls, number=1000, rounds=30
         )
         what = f"overlap query, hits: {hits}"
-        rows.append(at_most(f"{what}, among {MANY} : among {FEW}", long / short, 5, itself))
+        title = f"{what}, among {MANY} : among {FEW}"
+        rows.append(
+            at_most(title, long / short, 5, itself)
+            if hits == 1
+            else printed(title, long / short, itself)
+        )
         rows.append(printed(f"{what}, among {FEW}", short / call, "a bare method call", "calls"))
     short, long = minima(_insert_and_remove(few), _insert_and_remove(many), number=1000, rounds=30)
     rows.append(printed(f"insert and remove, among {MANY} : among {FEW}", long / short, itself))

@@ -434,12 +434,13 @@ class _Intervals:
 
     def judge(self, interval: IntervalNotifier, callback: str, done: bool, rng: Range) -> None:
         """Quarantine an interval that returned and has not done what it must."""
-        if not done:
-            wrong = f"returned {done!r}: expected True"
-        elif interval._seq != self.seq:
-            wrong = f"left seq {interval._seq}: expected set_seq({self.seq})"
-        else:
+        if interval.failure is not None or (done and interval._seq == self.seq):
             return
+        wrong = (
+            f"left seq {interval._seq}: expected set_seq({self.seq})"
+            if done
+            else f"returned {done!r}: expected True"
+        )
         name = f"{type(interval).__qualname__}.{callback}"
         self.fail(interval, callback, BrokenInvalidate(f"{name} over {rng!r} {wrong}"), rng)
 

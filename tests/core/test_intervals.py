@@ -468,14 +468,15 @@ async def test_read_begin_waits_until_no_section_is_open(colour: type[Recording]
     """The number is one for all: also for a section elsewhere that began meanwhile."""
     notifiers = mn.Notifiers()
     interval = await inserted(notifiers, colour)
-    end = await begin(notifiers, page(1))
-    end_elsewhere = await begin(notifiers, page(9))
-    async with waiting(interval.read_begin) as results:
-        await end()
-        await settle()
-        assert results == []
-        await end_elsewhere()
-    assert not retry(interval, run_now(interval.read_begin()))
+    for _ in range(2):
+        end = await begin(notifiers, page(1))
+        end_elsewhere = await begin(notifiers, page(9))
+        async with waiting(interval.read_begin) as results:
+            await end()
+            await settle()
+            assert results == []
+            await end_elsewhere()
+        assert not retry(interval, run_now(interval.read_begin()))
 
 
 async def test_read_begin_waits_once(colour: type[Recording]) -> None:
@@ -664,9 +665,23 @@ async def test_remove_waits_for_a_callback_that_is_suspended() -> None:
     assert not notifiers.armed
 
 
-async def test_remove_is_not_cancelled_half_way(colour: type[Recording]) -> None:
+async def test_remove_is_not_cancelled_half_way(
+    colour: type[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it spin: it goes on with the one wait that it has begun."""
     notifiers = mn.Notifiers()
     interval = await inserted(notifiers, colour, 1)
+    waits = 0
+
+    async def counted(self: Any) -> None:
+        nonlocal waits
+        waits += 1
+        await wait(self)
+
+    assert interval._subscription is not None
+    tree = type(interval._subscription.driver)
+    wait = tree.seq_changes
+    monkeypatch.setattr(tree, "seq_changes", counted)
     end = await begin(notifiers, page(1))
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(interval.remove)
@@ -676,6 +691,7 @@ async def test_remove_is_not_cancelled_half_way(colour: type[Recording]) -> None
             await settle()
             assert interval.statistics().deferred
             await end()
+    assert waits == 1
     assert not notifiers.armed
     with pytest.raises(NotRegistered):
         interval.statistics()
@@ -1003,6 +1019,35 @@ async def test_an_interval_that_failed_works_when_it_is_inserted_again(
     assert not retry(interval, await interval.read_begin())
 
 
+async def test_the_first_failure_is_the_one_that_is_kept(
+    logged: list[MutableMapping[str, Any]],
+) -> None:
+    """Another section may be in the middle of the same callback, and has called set_seq."""
+
+    class Slow(mn.SleepableInterval):
+        calls = 0
+
+        async def invalidate(self, rng: mn.Range, seq: int) -> bool:
+            self.calls += 1
+            if self.calls == 2:
+                explode()
+            self.set_seq(seq)
+            await gate.wait()
+            return True
+
+    notifiers = mn.Notifiers()
+    gate = anyio.Event()
+    interval = Slow()
+    await interval.insert(notifiers, 0x1000, 0x1000)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(notifiers.invalidate, page(1))
+        await settle()
+        await notifiers.invalidate(page(1))
+        gate.set()
+    assert isinstance(interval.failure, ValueError)
+    assert [entry["event"] for entry in logged].count(mn.log.DRIVER_FAILED) == 1
+
+
 async def test_a_refusal_where_the_section_may_suspend_is_a_failure(
     colour: type[Recording],
 ) -> None:
@@ -1108,6 +1153,23 @@ async def test_no_translation_is_made_after_the_exit(colour: type[Recording]) ->
     for other in (colour(), Atomic(), Sleepable()):
         with pytest.raises(AddressSpaceExited):
             await insert(notifiers, other, 1)
+
+
+async def test_a_first_insert_that_the_exit_overtakes_leaves_nothing(
+    colour: type[Recording],
+) -> None:
+    notifiers = mn.Notifiers()
+    end = await begin(notifiers, page(1))
+
+    async def insert_too_late() -> str:
+        with pytest.raises(AddressSpaceExited):
+            await insert(notifiers, colour(), 1)
+        return "exited"
+
+    async with waiting(insert_too_late):
+        await notifiers.release()
+        await end()
+    assert notifiers.statistics().subscriptions == 0
 
 
 async def test_who_waits_in_read_begin_over_the_exit_learns_of_it(
