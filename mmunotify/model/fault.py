@@ -206,7 +206,11 @@ def _copy_nowait(mm: AddressSpace[Any], vma: Vma, page: int, entry: int, unshare
     if failed:
         frames.leaked += 1
     elif not zero:
-        machine.put_page(old)
+        word = frames.word[old] - fr.REF_ONE
+        if word & fr.REF_MASK and not word & fr.PG_SWAPCACHE:
+            frames.word[old] = word
+        else:
+            machine.put_page(old)
     return 0
 
 
@@ -275,14 +279,23 @@ def _install_copy(
     if leaf is None or leaf.pte[page & 511] != entry:
         return False
     leaf.pte[page & 511] = 0
-    mm.flush_tlb(page, page + 1)
-    mm.add_new_anon(vma, page, new)
+    if mm.tlb is not None:
+        mm.tlb.flush(page, page + 1)
+    machine = mm.machine
+    frames = machine.frames
+    # vma.anon_vma is set: every caller has prepared it.
+    number = vma.anon_vma.number  # type: ignore[union-attr]
+    frames.word[new] |= _NEW_ANON_LRU
+    frames.rmap[new] = number << fr.OWNER_SHIFT | (page - vma.first + vma.pgoff)
+    machine.lru.append(new)
+    if vma.flags & f.VM_LOCKED:
+        machine.mlock(new)
     prot = vma.prot
     if not unshare:
         prot |= _NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG
     leaf.pte[page & 511] = new << PAGE_SHIFT | prot
     if not zero:
-        mm.machine.remove_rmap(old)
+        machine.remove_rmap(old)
     return True
 
 

@@ -77,16 +77,13 @@ class Frames:
         self._fresh = 0
         self._limit = count
         self._huge: Final[list[int]] = []
+        self.free = count
+        """Frames that can be allocated; a plain attribute, which every allocation tests."""
         self.data: Final[dict[int, bytearray] | None] = {} if contents else None
         """Contents of the frames that are not all zeros, if the machine keeps contents."""
         self.pins: Final[dict[int, int]] = {}
         self.leaked = 0
         """Frames that a failed driver may still use: never freed."""
-
-    @property
-    def free(self) -> int:
-        """Frames that can be allocated."""
-        return self._top + self._limit - self._fresh + HUGE_NR * len(self._huge)
 
     @property
     def used(self) -> int:
@@ -102,11 +99,13 @@ class Frames:
         top = self._top
         if top:
             self._top = top - 1
+            self.free -= 1
             frame: int = self._slot[top - 1]
             return frame
         frame = self._fresh
         if frame < self._limit:
             self._fresh = frame + 1
+            self.free -= 1
             return frame
         if self._huge:
             self._break_huge()
@@ -120,23 +119,32 @@ class Frames:
         top = self._top
         again = min(wanted, top)
         self._top = top - again
+        self.free -= again
         reused = self._stack[top - again : top][::-1]
         unused = min(wanted - again, self._limit - self._fresh)
         if not unused:
             return reused.copy()
         first = self._fresh
         self._fresh = first + unused
+        self.free -= unused
         fresh = np.arange(first, first + unused, dtype=np.uint32)
         return np.concatenate((reused, fresh)) if again else fresh
 
     def alloc_huge(self) -> int:
         """The first of 512 aligned frames, or -1 if memory is too fragmented."""
+        head = self._take_huge()
+        if head >= 0:
+            self.free -= HUGE_NR
+        return head
+
+    def _take_huge(self) -> int:
         if self._huge:
             return self._huge.pop()
         head = (self._limit // HUGE_NR - 1) * HUGE_NR
         if head >= self._fresh:
             for frame in range(head + HUGE_NR, self._limit):
                 self._push(frame)
+                self.free -= 1
             self._limit = head
             return head
         stack = self._stack[: self._top]
@@ -159,6 +167,7 @@ class Frames:
     def _push(self, frame: int) -> None:
         self._slot[self._top] = frame
         self._top += 1
+        self.free += 1
 
     def get(self, frame: int) -> None:
         """Take a reference."""
@@ -202,6 +211,7 @@ class Frames:
         # Reversed, so that the next allocation gets them in the order in which they were freed.
         self._stack[self._top : self._top + count] = frames[::-1]
         self._top += count
+        self.free += count
 
     def set_owner(self, frame: int, owner: int, index: int) -> None:
         """Say whose page `index` this frame is; `owner` is a number of `rmap.Owners`."""

@@ -28,6 +28,7 @@ ACTIVE_ANON: Final = 1
 INACTIVE_FILE: Final = 2
 ACTIVE_FILE: Final = 3
 _BATCH: Final = 31
+_STEP: Final = 1 << 15
 _WHICH: Final = fr.PG_LRU | fr.PG_ACTIVE | fr.PG_SWAPBACKED | fr.PG_UNEVICTABLE
 _FLAGS: Final = (
     fr.PG_LRU | fr.PG_SWAPBACKED,
@@ -150,13 +151,18 @@ class Lru:
         log.head, log.tail = 0, len(valid)
 
     def _valid(self, which: int, low: int, high: int) -> npt.NDArray[np.uint32]:
-        entries = self._logs[which].entries[low:high].copy()
-        words = self._frames.words[entries]
-        valid = ((words & np.uint64(_WHICH)) == np.uint64(_FLAGS[which])) & (
-            self._positions[entries] == np.arange(low, high, dtype=np.uint32)
-        )
-        result: npt.NDArray[np.uint32] = entries[valid]
-        return result
+        found = []
+        flags, mask = np.uint64(_FLAGS[which]), np.uint64(_WHICH)
+        for start in range(low, high, _STEP):
+            entries = self._logs[which].entries[start : min(high, start + _STEP)].astype(np.int64)
+            # Most stale entries are of pages that were freed: their flags say so.
+            at = np.flatnonzero((self._frames.words[entries] & mask) == flags)
+            if len(at):
+                entries = entries[at]
+                found.append(entries[self._positions[entries] == at + start])
+        if not found:
+            return np.zeros(0, np.uint32)
+        return np.concatenate(found).astype(np.uint32)
 
     def size(self, which: int) -> int:
         """How many pages are on a list, at most: stale entries are counted."""

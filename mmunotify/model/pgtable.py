@@ -198,7 +198,9 @@ class PageTable:
 
     def reclaim_tables(self, start: int, end: int) -> None:
         """Free the leaves wholly inside pages [start, end) that have become empty (PT_RECLAIM)."""
-        for index in list(self.indices((start + 511) & ~511, max(start, end & ~511))):
+        # Backwards, so that the pool hands them out in the order in which they lie.
+        low, high = (start + 511) & ~511, end & ~511
+        for index in reversed(list(self.indices(low, max(low, high)))):
             leaf = self.leaves.get(index)
             if leaf is not None and not leaf.entries.any():
                 self.detach(index)

@@ -79,7 +79,8 @@ async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
         present = mm.pt.get(page) & _READABLE == _READABLE
         mm.on_fault(page << PAGE_SHIFT, flags | f.FAULT_PRESENT if present else flags)
     vma = find_vma(mm, page)
-    if vma is not None and vma.lock_seq != mm.lock_seq and not _refused(vma, flags):
+    needed = f.VM_WRITE if flags & f.FAULT_WRITE else f.VM_ACCESS_FLAGS
+    if vma is not None and vma.flags & needed and vma.lock_seq != mm.lock_seq:
         # The per-VMA lock: nobody can change this VMA before the next await.
         result = fault_nowait(mm, vma, page, flags)
         if result != RETRY:
