@@ -275,9 +275,11 @@ class Dispatch:
         self._enter()
         told = self._audience
         told.open += 1
-        interrupted = await self._tell(told.page_calls, address)
-        if told.sync_calls:
-            interrupted = await self._tell(told.sync_calls, one_page(address)) or interrupted
+        interrupted: BaseException | None = None
+        for calls, what in ((told.page_calls, address), (told.sync_calls, one_page(address))):
+            if calls:
+                raised = await self._tell(calls, what, concurrent=told.concurrent)
+                interrupted = interrupted or raised
         self._close(told)
         if interrupted is not None:
             raise interrupted
