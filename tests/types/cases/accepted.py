@@ -69,3 +69,36 @@ async def drivers_of_others(notifiers: mn.Notifiers[mn.RwSems]) -> None:
         pass
     if isinstance(driver, mn.AtomicDriver):
         await mn.Notifiers(mn.SpinLocks).register(driver)
+
+
+class Mapped(mn.AtomicInterval):
+    lock: mn.SpinLock
+
+    def __init__(self) -> None:
+        self.lock = mn.SpinLock("mapped")
+
+    def invalidate(self, rng: mn.Range, seq: int) -> bool:
+        with self.lock:
+            self.set_seq(seq)
+        return True
+
+
+class Remote(mn.SleepableInterval):
+    async def invalidate(self, rng: mn.Range, seq: int) -> bool:
+        self.set_seq(seq)
+        return True
+
+
+async def intervals(today: mn.Notifiers[mn.RwSems], old: mn.Notifiers[mn.SpinLocks]) -> None:
+    await Mapped().insert(today, 0, mn.PAGE_SIZE)
+    await Mapped().insert(old, 0, mn.PAGE_SIZE)
+    remote = Remote()
+    await remote.insert(today, 0, mn.PAGE_SIZE)
+    seq = await remote.read_begin()
+    assert_type(remote.read_retry(seq), bool)
+    await remote.remove()
+
+
+async def map_anywhere(notifiers: mn.Notifiers[L], interval: mn.AtomicInterval) -> None:
+    """A generic helper over both locking models."""
+    await interval.insert(notifiers, 0, mn.PAGE_SIZE)

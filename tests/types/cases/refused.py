@@ -54,3 +54,38 @@ async def plain_section_awaited(notifiers: mn.Notifiers[mn.RwSems]) -> None:
     section = notifiers.invalidating_atomic(mn.Range(0, 1))
     async with section:  # E: attr-defined / reportGeneralTypeIssues
         pass
+
+
+class IntervalThatWaits(mn.AtomicInterval):
+    async def invalidate(  # E: override / reportIncompatibleMethodOverride
+        self, rng: mn.Range, seq: int
+    ) -> bool:
+        return True
+
+
+class IntervalThatDoesNot(mn.SleepableInterval):
+    def invalidate(  # E: override / reportIncompatibleMethodOverride
+        self, rng: mn.Range, seq: int
+    ) -> bool:
+        return True
+
+
+class Remote(mn.SleepableInterval):
+    async def invalidate(self, rng: mn.Range, seq: int) -> bool:
+        self.set_seq(seq)
+        return True
+
+
+async def sleepable_interval_under_spinlocks(notifiers: mn.Notifiers[mn.SpinLocks]) -> None:
+    await Remote().insert(notifiers, 0, 1)  # E: arg-type / reportArgumentType
+
+
+async def forgotten_interval(notifiers: mn.Notifiers[mn.RwSems], interval: Remote) -> None:
+    interval.insert(notifiers, 0, 1)  # E: unused-coroutine / reportUnusedCoroutine
+
+
+class IntervalWithoutACallback(mn.AtomicInterval): ...
+
+
+def nothing_to_call() -> mn.AtomicInterval:
+    return IntervalWithoutACallback()  # E: abstract / reportAbstractUsage
