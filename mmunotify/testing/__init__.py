@@ -1,0 +1,1 @@
+"""What drivers and programs are tested with: the interleaving explorer and its kin."""

@@ -1,0 +1,76 @@
+"""What an exploration found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from mmunotify.errors import ExplorationFailed
+
+
+@attrs.define
+class Failure:
+    """A schedule that fails."""
+
+    error: BaseException
+    """What it raised; an exception group of one is taken apart."""
+    schedule: str
+    """Replays it: `explore(scenario, replay=schedule)`, with the same options."""
+    picture: str
+    """What the tasks did, line by line."""
+    number: int
+    """Which of the schedules that were tried it was, from 1; a shrunk one fails likewise."""
+
+    @property
+    def kind(self) -> str:
+        """The class of the error."""
+        return type(self.error).__name__
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind}: {self.error}\n\n{self.picture}\n\nschedule {self.number}; to see it "
+            f"again: replay={self.schedule!r}"
+        )
+
+
+@attrs.define
+class Exploration:
+    """What `explore()` has tried and seen. Repeated, it is the same but for `seconds`."""
+
+    strategy: str
+    schedules: int = 0
+    """Executions that were run to their end, or to a failure."""
+    states: int = 0
+    """Points of choice and ends that were reached for the first time (in a tree), or at all."""
+    steps: int = 0
+    """Steps in all of them."""
+    outcomes: dict[Any, int] = attrs.Factory(dict)
+    """What the scenario returned, and in how many schedules."""
+    failures: int = 0
+    """Schedules that failed: at most one, unless all were asked for."""
+    failure: Failure | None = None
+    """The first of them."""
+    exhausted: bool = False
+    """Whether the strategy tried all that it would ever try."""
+    bounds: tuple[str, ...] = ()
+    """What was left out by bounds on what is tried."""
+    pruned: int = 0
+    """Executions that were given up because all that follows was known."""
+    seconds: float = 0.0
+
+    def check(self) -> Exploration:
+        """Raise `ExplorationFailed`, with the whole report, if there is a failure."""
+        if self.failure is not None:
+            raise ExplorationFailed(f"{self}\n\n{self.failure}") from self.failure.error
+        return self
+
+    def __str__(self) -> str:
+        verdict = f"{self.failures} failed" if self.failures else "none failed"
+        extent = "all there are" if self.exhausted else "there are more"
+        if self.bounds:
+            extent += f" with {' and '.join(self.bounds)}" if self.exhausted else ""
+        return (
+            f"{self.schedules} schedules by {self.strategy} ({extent}), {self.states} states, "
+            f"{len(self.outcomes)} outcomes, {verdict}, {self.seconds:.3g} s"
+        )

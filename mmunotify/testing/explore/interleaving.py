@@ -1,0 +1,149 @@
+"""A failing schedule as a picture: what the tasks did, line by line, a column for each."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from .code import is_ours, place
+from .traps import running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import CodeType, FrameType
+
+    from .events import Event
+    from .task import Task
+
+_WIDTH: Final = 100
+"""Of the picture, in characters; columns that get too narrow overlap instead."""
+_NARROWEST: Final = 32
+_OVERLAP: Final = 8
+_LINES_PER_STEP: Final = 12
+_STEPS: Final = 80
+"""Of a longer execution the last ones are shown."""
+
+_SILENT: Final = (StopIteration, StopAsyncIteration, GeneratorExit)
+
+
+@attrs.define
+class _Step:
+    task: str
+    before: list[str]
+    """What was chosen before it, other than whom to run."""
+    lines: list[str] = attrs.Factory(list)
+    times: int = 1
+
+    def add(self, line: str) -> None:
+        if not self.lines or self.lines[-1] != line:
+            self.lines.append(line)
+
+
+class Recorder:
+    """Watches an execution and traces the lines of its steps.
+
+    A tracer that is set already (a debugger's, of a coverage tool) is put aside for each step.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[_Step] = []
+        self._chosen: list[str] = []
+        self._raised: BaseException | None = None
+        self._in_step = False
+        self._tracer: Any = None
+
+    def chosen(self, what: str, index: int, width: int) -> None:
+        """Note a choice, if it is another than whom to run."""
+        if self._in_step:
+            self._steps[-1].add(f"* {what}")
+        elif not what.startswith("run "):
+            self._chosen.append(f"* {what}")
+
+    def made(self, event: Event) -> None:
+        """Note where an event was made."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and is_ours(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            event.made_at = place(frame.f_code, frame.f_lineno)
+
+    def step_begins(self, task: Task) -> None:
+        """Trace what the task does now."""
+        self._steps.append(_Step(running.execution.name(task), self._chosen))
+        self._chosen = []
+        self._in_step = True
+        self._tracer = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def step_ends(self, task: Task) -> None:
+        """Trace no more."""
+        sys.settrace(self._tracer)
+        self._in_step = False
+
+    def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
+        code = frame.f_code
+        if is_ours(code.co_filename):
+            return None
+        if event == "line":
+            self._steps[-1].add(_source(code, frame.f_lineno))
+        elif event == "exception" and arg[1] is not self._raised:
+            self._raised = arg[1]
+            if not isinstance(arg[1], _SILENT):
+                self._steps[-1].add(f"! {arg[0].__name__}: {arg[1]}".rstrip(": "))
+        return self._trace
+
+    def picture(self) -> str:
+        """The steps from top to bottom, each task in its column."""
+        steps = _merged(step for step in self._steps if step.lines or step.before)
+        names = list(dict.fromkeys(step.task for step in steps))
+        column = max(_NARROWEST, (_WIDTH - 6) // max(1, len(names)))
+        stride = column if column * len(names) <= _WIDTH else _OVERLAP
+        at = {name: place * stride for place, name in enumerate(names)}
+        if stride == column:
+            head = "".join(name[: column - 2].ljust(column) for name in names)
+        else:
+            head = "a column each for " + ", ".join(names)
+        rows = [f"step  {head}".rstrip()]
+        number = 1 + sum(step.times for step in steps[:-_STEPS])
+        if number > 1:
+            rows.append(f"      ... {number - 1} steps before")
+        for step in steps[-_STEPS:]:
+            rows += [f"      {note}" for note in step.before]
+            again = [f"... {step.times} such steps in a row"] if step.times > 1 else []
+            for line_number, line in enumerate([*_cut(step.lines), *again]):
+                label = f"{number:4}  " if line_number == 0 else " " * 6
+                who = f"{step.task}: " if stride != column and line_number == 0 else ""
+                rows.append(f"{label}{' ' * at[step.task]}{(who + line)[: _WIDTH - at[step.task]]}")
+            number += step.times
+        return "\n".join(rows)
+
+
+def _merged(steps: Iterable[_Step]) -> list[_Step]:
+    """Without the steps in which a task does again just what it did in the step before."""
+    merged: list[_Step] = []
+    for step in steps:
+        last = merged[-1] if merged else None
+        if last and not step.before and (last.task, last.lines) == (step.task, step.lines):
+            last.times += 1
+        else:
+            merged.append(step)
+    return merged
+
+
+def _cut(lines: list[str]) -> Iterator[str]:
+    if len(lines) <= _LINES_PER_STEP:
+        yield from lines
+        return
+    half = _LINES_PER_STEP // 2
+    yield from lines[:half]
+    yield f"... {len(lines) - 2 * half} lines"
+    yield from lines[-half:]
+
+
+def _source(code: CodeType, number: int) -> str:
+    line = linecache.getline(code.co_filename, number).strip()
+    return f"{os.path.basename(code.co_filename)}:{number}  {line}"
