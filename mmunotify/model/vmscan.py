@@ -13,7 +13,7 @@ import errno
 from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import MmError
-from mmunotify.ranges import PAGE_SHIFT, Event
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event, Range
 
 from . import flags as f
 from . import frames as fr
@@ -33,7 +33,19 @@ if TYPE_CHECKING:
     from .vma import Vma
 
 _BATCH: Final = 32
+_RETRY: Final = -1
 _KEPT: Final = fr.PG_UNEVICTABLE | fr.PG_MLOCKED
+_COMMON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_SWAPBACKED | fr.PG_LRU
+_COMMON_MASK: Final = (
+    fr.COUNTS_MASK
+    | _COMMON
+    | _KEPT
+    | fr.PG_SWAPCACHE
+    | fr.PG_KSM
+    | fr.PG_PINNED
+    | fr.PG_HUGE
+    | fr.PG_HUGETLB
+)
 
 
 class Reclaim:
@@ -41,7 +53,6 @@ class Reclaim:
 
     def __init__(self, machine: Machine[Any]) -> None:
         self.machine: Final = machine
-        self._busy = False
 
     # ------------------------------------------------------------------ reverse map walks
 
@@ -67,21 +78,16 @@ class Reclaim:
 
         Clears the accessed bits of entries and drivers, whoever has them.
         """
-        lock, _ = self.mappings(frame)
+        lock, mapped = self.mappings(frame)
         if lock is None:
             return 0, 0
-        count = flags = 0
+        if lock.down_read_trylock():
+            try:
+                return _clear_references(frame, mapped)
+            finally:
+                lock.up_read()
         async with lock.reading():
-            for vma, page in self.mappings(frame)[1]:
-                mm = vma.mm
-                if not mm.maps(page, frame):
-                    continue
-                if vma.flags & f.VM_LOCKED:
-                    return 0, f.VM_LOCKED
-                if _clear_young(mm, page):
-                    count += 1
-                    flags |= vma.flags
-        return count, flags
+            return _clear_references(frame, self.mappings(frame)[1])
 
     async def try_to_unmap(self, frame: int) -> bool:
         """Take a page out of every page table; False if somebody must keep it."""
@@ -164,6 +170,10 @@ class Reclaim:
         for frame in frames:
             if not words[frame] & fr.PG_LRU:
                 continue
+            done = self._shrink_nowait(frame, force)
+            if done != _RETRY:
+                freed += done
+                continue
             generation = words[frame] & fr.GEN_MASK
             if words[frame] & fr.PG_HUGE:
                 freed += await self._shrink_huge(frame, force)
@@ -178,6 +188,85 @@ class Reclaim:
             elif not words[frame] & _KEPT:
                 self.machine.lru.move(frame)
         return freed
+
+    def _shrink_nowait(self, frame: int, force: bool) -> int:
+        """`_shrink_one` in one step: how many pages it freed, or _RETRY if it takes more than that.
+
+        For what reclaim mostly meets, an anonymous page that one entry maps, in an anon_vma of one
+        VMA whose drivers, if any, can be told in one step. It is never in the swap cache, which
+        nobody could find it in.
+        """
+        machine = self.machine
+        frames = machine.frames
+        words = frames.word
+        if words[frame] & _COMMON_MASK != _COMMON:
+            return _RETRY
+        where = frames.rmap[frame]
+        owner = machine.owners[where >> fr.OWNER_SHIFT]
+        if not isinstance(owner, AnonVma) or len(owner.tree.vmas) != 1:
+            return _RETRY
+        vma = owner.tree.vmas[0]
+        mm = vma.mm
+        page = vma.first + (where & fr.INDEX_MASK) - vma.pgoff
+        leaf = mm.pt.leaves.get(page >> 9)
+        if leaf is None or vma.flags & f.VM_LOCKED or not (mm.users and mm.notifiers.plain):
+            return _RETRY
+        pte = leaf.pte
+        entry = pte[page & 511]
+        mapped = entry & (f.PFN_MASK | f.PTE_PRESENT | f.PTE_SPECIAL)
+        if mapped != frame << PAGE_SHIFT | f.PTE_PRESENT or not owner.lock.down_read_trylock():
+            return _RETRY
+        try:
+            if not force and self._was_used(mm, pte, page, entry):
+                again = words[frame] & fr.PG_REFERENCED
+                words[frame] |= fr.PG_ACTIVE if again else fr.PG_REFERENCED
+            elif machine.swap.free:
+                return self._swap_out(mm, pte, page, frame)
+            else:
+                words[frame] = words[frame] & ~fr.PG_REFERENCED | fr.PG_ACTIVE
+            machine.lru.move(frame)
+            return 0
+        finally:
+            owner.lock.up_read()
+
+    def _was_used(self, mm: AddressSpace[Any], pte: Any, page: int, entry: int) -> bool:
+        """Test and clear the accessed bits of an entry and of the drivers (I-AGE)."""
+        young = bool(entry & f.PTE_ACCESSED)
+        if young:
+            pte[page & 511] = entry & ~f.PTE_ACCESSED
+            if mm.tlb is not None:
+                mm.tlb.flush(page, page + 1)
+        if mm.notifiers.armed:
+            start = page << PAGE_SHIFT
+            young |= mm.notifiers.clear_flush_young(start, start + PAGE_SIZE)
+        return young
+
+    def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int:
+        """Put the only copy of a page where its entry says, announce it, and free the frame."""
+        machine = self.machine
+        frames, swap, notifiers = machine.frames, machine.swap, mm.notifiers
+        rng = told = None
+        if notifiers.armed:
+            rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
+            mm.announced.append(rng)
+            told = notifiers.invalidate_range_start_atomic(rng)
+        slot = swap.alloc()
+        swap.dup(slot)
+        swap.write(frame, slot)
+        word = frames.word[frame]
+        left = slot << PAGE_SHIFT | f.SWP_SWAP | pte[page & 511] & f.PTE_UFFD_WP
+        pte[page & 511] = left | f.SWP_EXCLUSIVE if word & fr.PG_EXCLUSIVE else left
+        if mm.tlb is not None:
+            mm.tlb.flush(page, page + 1)
+        frames.word[frame] = word - fr.MAP_ONE
+        failed: object = ()
+        if rng is not None and told is not None:
+            failed = notifiers.invalidate_range_end_atomic(rng, told)
+        if failed:
+            frames.leaked += 1
+            return 0
+        frames.put(frame)
+        return 1
 
     async def _shrink_one(self, frame: int, force: bool) -> None:
         machine = self.machine
@@ -356,6 +445,19 @@ class Reclaim:
                 freed += await self.shrink(isolated, force=False)
             if not total:
                 break
+
+
+def _clear_references(frame: int, mapped: list[tuple[Vma, int]]) -> tuple[int, int]:
+    count = flags = 0
+    for vma, page in mapped:
+        if not vma.mm.maps(page, frame):
+            continue
+        if vma.flags & f.VM_LOCKED:
+            return 0, f.VM_LOCKED
+        if _clear_young(vma.mm, page):
+            count += 1
+            flags |= vma.flags
+    return count, flags
 
 
 def _clear_young(mm: AddressSpace[Any], page: int) -> bool:
