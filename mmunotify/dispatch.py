@@ -327,14 +327,13 @@ class Dispatch:
                 "put is allowed there, or use a task of your own"
             )
 
-    def wait_for_sections(self, what: str) -> None:
-        """`refuse_in_callback` for whoever is about to wait until open sections are over.
+    def might_wait_for_sections(self, what: str) -> None:
+        """Have lockdep check that the caller may wait until open sections are over.
 
-        With lockdep that is an error also inside a section of the caller's own (LockRecursion),
-        under a lock that is taken inside sections (LockOrderViolation), and where nothing may
-        suspend (ScheduleWhileAtomic).
+        `what` names the call. Inside a section of the caller's own it would wait for itself
+        (LockRecursion); with a lock held that is taken inside sections, two tasks could wait for
+        each other (LockOrderViolation); with a spinlock held nobody waits (ScheduleWhileAtomic).
         """
-        self.refuse_in_callback(what)
         if lockdep.enabled:
             self._guard.wait(f"{what} at {self.name}")
 

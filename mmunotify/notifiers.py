@@ -257,6 +257,7 @@ class Notifiers(Dispatch, Generic[L]):
         """
         self._enter()
         self.refuse_in_callback("barrier")
+        self.might_wait_for_sections("barrier")
         await self._sections_over()
         await self.srcu.barrier()
 
@@ -351,6 +352,7 @@ class Notifiers(Dispatch, Generic[L]):
     ) -> Subscription[AnyDriver]:
         self._enter()
         self.refuse_in_callback("register")
+        self.might_wait_for_sections("register")
         async with quiesce() if quiesce is not None else contextlib.nullcontext():
             sub = self._publish(driver)
             try:
@@ -377,6 +379,7 @@ class Notifiers(Dispatch, Generic[L]):
         if sub is not None and sub.settled:
             sub.users += 1
             return sub
+        self.might_wait_for_sections("get")
         async with quiesce() if quiesce is not None else contextlib.nullcontext():
             self._refuse_after_exit(driver_type)
             sub = self._shared.get(driver_type)

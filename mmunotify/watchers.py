@@ -31,11 +31,21 @@ def _place(name: str) -> Subscription[AnyDriver]:
 
 
 class Guard:
-    """Checks that sections begin where they may; there only while lockdep is on."""
+    """Checks that sections begin, and are waited for, where they may; only while lockdep is on.
 
-    __slots__ = ("_enter", "_place")
+    To lockdep the sections of an address space are one lock: held from start to end, taken for
+    writing by whoever waits until all of them are over. Beginning one never waits, so a section is
+    the beginning of an edge of lockdep's graph and never its end. Its class is that of the address
+    space's name: `sections of mm` for `mm[7]`. Source: __mmu_notifier_invalidate_range_start_map,
+    which Linux holds during the starts alone.
+    """
 
-    def __init__(self, enter: Callable[[], None]) -> None:
+    __slots__ = ("_enter", "_place", "lock_class", "name", "order")
+
+    def __init__(self, mm: str, enter: Callable[[], None]) -> None:
+        self.name = f"a section of {mm}"
+        self.lock_class = f"sections of {lockdep.class_of(mm)}"
+        self.order = None
         self._enter = enter
         self._place = _place("guard")
 
@@ -43,13 +53,27 @@ class Guard:
         """Have each start check its thread, and that it may suspend if somebody will."""
         suspends = any(call.suspends for call in audience.start_calls + audience.end_calls)
 
-        def guard(rng: Range) -> None:
+        def begin(rng: Range) -> None:
             self._enter()
-            if suspends:
+            if suspends and rng.blockable:
                 lockdep.might_sleep(f"a section over {rng!r} with sleepable drivers")
+            lockdep.acquired(self, "open")
 
-        call = Call(self._place, guard, False, WATCHER)
-        audience.start_calls = (call, *audience.start_calls)
+        def end(rng: Range) -> None:
+            lockdep.released(self)
+
+        first = Call(self._place, begin, False, WATCHER)
+        last = Call(self._place, end, False, WATCHER)
+        audience.start_calls = (first, *audience.start_calls)
+        audience.nonblock_calls = (first, *audience.nonblock_calls)
+        audience.end_calls = (*audience.end_calls, last)
+        audience.nonblock_ends = (*audience.nonblock_ends, last)
+
+    def wait(self, what: str) -> None:
+        """The current task is about to wait for all open sections; raises LockdepViolation."""
+        # A section of another address space of the class may be open: only one's own never ends.
+        with lockdep.nest():
+            lockdep.acquire(self, what, sleeps=True)
 
 
 class Tracer:

@@ -26,7 +26,12 @@ Places = tuple[Place, ...]
 """A line and its callers, innermost first."""
 
 _DEPTH: Final = 3
-_SKIPPED: Final = (__package__ or "", "contextlib")
+_SKIPPED: Final = (
+    "contextlib",
+    *("mmunotify.locks", "mmunotify.audience", "mmunotify.dispatch", "mmunotify.intervals"),
+    *("mmunotify.notifiers", "mmunotify.sections", "mmunotify.watchers"),
+)
+"""Between the line that a message should show and the lock."""
 _EVENT_LOOPS: Final = ("asyncio", "trio", "anyio", "mmunotify.testing.explore")
 _kinds: Final[dict[str, str]] = {}
 """What kind of code a file holds, by file name: looked up once for each."""
