@@ -63,7 +63,7 @@ async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int
 
 
 def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
-    """What a fault can do without suspending: anonymous pages, reuse, pages that came back."""
+    """What a fault can do in one step, as VM_FAULT_ bits, or RETRY."""
     leaf = mm.pt.leaves.get(page >> 9)
     entry = leaf.pte[page & 511] if leaf is not None else 0
     if not entry:
@@ -95,9 +95,9 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
         leaf.pte[page & 511] = frame << PAGE_SHIFT | prot
         return 0
-    if not entry & f.PTE_PRESENT:
-        return RETRY
     assert leaf is not None
+    if not entry & f.PTE_PRESENT:
+        return _swap_in_nowait(mm, vma, leaf.pte, page, flags, entry)
     if not flags & (f.FAULT_WRITE | f.FAULT_UNSHARE) or entry & f.PTE_RW:
         young = _DIRTY_YOUNG if flags & f.FAULT_WRITE else f.PTE_ACCESSED
         leaf.pte[page & 511] = entry | young
@@ -451,6 +451,39 @@ async def _do_swap_page(mm: AddressSpace[Any], vma: Vma, page: int, flags: int, 
             result = await _do_wp_page(mm, vma, page, flags, mm.pt.get(page))
         return result | major
     return major
+
+
+def _swap_in_nowait(
+    mm: AddressSpace[Any], vma: Vma, pte: Any, page: int, flags: int, entry: int
+) -> int:
+    """`_do_swap_page` in one step, for a slot that only this entry holds."""
+    machine = mm.machine
+    swap, frames = machine.swap, machine.frames
+    slot = (entry & f.PFN_MASK) >> PAGE_SHIFT
+    write = flags & f.FAULT_WRITE
+    protected = entry & f.SWP_UFFD_WP or not vma.flags & f.VM_WRITE
+    if (
+        entry & f.SWP_TYPE_MASK != f.SWP_SWAP
+        or swap.uses(slot) != 1
+        or slot in swap.cache
+        or frames.free <= machine.low
+        or vma.anon_vma is None
+        or (write and protected)
+    ):
+        return RETRY
+    frame = frames.alloc()
+    swap.read(slot, frame)
+    swap.drop(slot)
+    frames.word[frame] |= _NEW_ANON_LRU
+    frames.rmap[frame] = vma.anon_vma.number << fr.OWNER_SHIFT | (page - vma.first + vma.pgoff)
+    machine.lru.append(frame)
+    if vma.flags & f.VM_LOCKED:
+        machine.mlock(frame)
+    prot = vma.prot | entry & f.SWP_UFFD_WP
+    if not protected:
+        prot |= f.PTE_RW | f.PTE_DIRTY if write else f.PTE_RW
+    pte[page & 511] = frame << PAGE_SHIFT | prot
+    return f.VM_FAULT_MAJOR
 
 
 async def _swapin_readahead(mm: AddressSpace[Any], vma: Vma, page: int, slot: int) -> int:

@@ -17,7 +17,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 
 from . import flags as f
 from . import frames as fr
-from .fault import handle_mm_fault
+from .fault import RETRY, fault_nowait, handle_mm_fault
 from .uaccess import account
 from .vma import Vma, find_vma, vmas_in
 
@@ -25,6 +25,23 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
+
+
+def faultin_nowait(mm: AddressSpace[Any], page: int, *, write: bool) -> bool:
+    """`faultin_page` in one step under the per-VMA lock; False if it takes more than that."""
+    vma = find_vma(mm, page)
+    needed = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
+    if vma is None or not vma.flags & needed or vma.lock_seq == mm.lock_seq:
+        return False
+    entry = mm.pt.get(page)
+    wanted = _READABLE | f.PTE_RW if write else _READABLE
+    if entry & wanted == wanted:
+        return True
+    result = fault_nowait(mm, vma, page, f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0))
+    if result == RETRY:
+        return False
+    account(mm, result)
+    return mm.pt.get(page) & wanted == wanted
 
 
 async def faultin_page(

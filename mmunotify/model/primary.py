@@ -19,6 +19,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
 
 from . import flags as f
 from . import frames as fr
+from .gup import faultin_nowait, faultin_page
 from .memory import PRESENT, frames_of
 from .vma import find_vma, vmas_in
 
@@ -95,10 +96,12 @@ class ModelPrimary:
 
     async def fault_in(self, address: int, *, write: bool = False) -> Translation:
         """Make `address` present, as the process's own access would; may suspend and notify."""
-        from .gup import faultin_page
-
         mm = self.mm
         page = address >> PAGE_SHIFT
+        if faultin_nowait(mm, page, write=write):
+            found = self.translate(address)
+            if found is not None:
+                return found
         async with mm.mmap_lock.reading():
             vma = find_vma(mm, page)
             allowed = vma is not None and vma.flags & (f.VM_WRITE if write else f.VM_ACCESS_FLAGS)

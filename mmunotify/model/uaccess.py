@@ -84,7 +84,7 @@ async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
         # The per-VMA lock: nobody can change this VMA before the next await.
         result = fault_nowait(mm, vma, page, flags)
         if result != RETRY:
-            mm.min_flt += 1
+            account(mm, result)
             return
     async with mm.mmap_lock.reading():
         vma = find_vma(mm, page) or _expand_stack(mm, page)
