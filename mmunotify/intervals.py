@@ -42,6 +42,7 @@ from .errors import (
 )
 from .interval_tree import IntervalTree, Node
 from .locks import lockdep
+from .locks.base import Lock
 from .ranges import ADDRESS_END, ULONG_MAX, Event, Range
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class IntervalNotifier:
     end: int = 0
     """One past the last byte; `insert` sets it."""
     lock: Any = None
-    """The owner's lock, which `invalidate` takes: a SpinLock, an RWSemaphore, what it likes. When
-    one of ours is given here, lockdep checks that it is held where it must be."""
+    """The owner's lock, which `invalidate` takes. Of any kind, and only for whoever reads the
+    program; but lockdep checks that one of `mmunotify`'s is held where it must be."""
     failure: BaseException | None = None
     """What `invalidate` raised, if it did: the interval is quarantined. It is told nothing any more
     but the RELEASE at exit, and until it is removed sections over it name its colour's tree in
@@ -167,8 +168,7 @@ class IntervalNotifier:
         Under the lock that `invalidate` takes; use it before the lock is released. Source:
         mmu_interval_read_retry.
         """
-        if self.lock is not None:
-            lockdep.assert_held(self.lock)
+        self._check_lock()
         return self._seq != seq
 
     @final
@@ -185,8 +185,7 @@ class IntervalNotifier:
 
         Source: mmu_interval_set_seq.
         """
-        if self.lock is not None:
-            lockdep.assert_held(self.lock)
+        self._check_lock()
         self._seq = seq
 
     @final
@@ -202,6 +201,10 @@ class IntervalNotifier:
             invalidate_seq=tree.seq,
             active_invalidate_ranges=tree.active,
         )
+
+    def _check_lock(self) -> None:
+        if lockdep.enabled and isinstance(self.lock, Lock):
+            lockdep.assert_held(self.lock)
 
     def _check_insert(self, start: int, length: int) -> None:
         if self._busy or self._subscription is not None:

@@ -60,7 +60,7 @@ DRIVER_FAILED: Final = define_event(
     "driver_failed",
     "error",
     "mm driver module distribution callback error start end exc_info",
-    "A callback raised: the driver is quarantined and the pages of the section are leaked.",
+    "A callback raised: the driver (or the one interval) is quarantined and pages are leaked.",
 )
 WAITING_FOR_CALLBACKS: Final = define_event(
     "waiting_for_callbacks",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import anyio
+import attrs
 import pytest
 import structlog
 
@@ -293,6 +295,31 @@ async def test_an_interval_is_inserted_once_and_removed_once(colour: type[Record
     assert interval.ranges[0].overlaps(interval.start, interval.end)
 
 
+async def test_intervals_may_be_equal_to_each_other() -> None:
+    """A value class is as good as any: which one it is goes by identity."""
+
+    @attrs.define
+    class Value(mn.AtomicInterval):
+        name: str
+        calls: int = 0
+
+        def invalidate(self, rng: mn.Range, seq: int) -> bool:
+            self.set_seq(seq)
+            self.calls += 1
+            return True
+
+    notifiers = mn.Notifiers()
+    one, other = Value("a"), Value("a")
+    assert one == other
+    for interval in (one, other):
+        await interval.insert(notifiers, 0x1000, 0x1000)
+    end = await begin(notifiers, page(1))
+    async with waiting(one.remove):
+        await end()
+    await notifiers.invalidate(page(1))
+    assert (one.calls, other.calls) == (1, 2)
+
+
 async def test_an_insert_or_remove_that_waits_is_not_met_by_another(
     colour: type[Recording],
 ) -> None:
@@ -537,6 +564,9 @@ async def test_lockdep_sees_who_compares_or_sets_without_the_lock(
         with pytest.raises(LockNotHeld, match="user lock"):
             interval.set_seq(seq)
         assert not interval.check_retry(seq)
+        # A lock that is not ours is the owner's affair, and it may be wrong about that.
+        interval.lock = threading.Lock()  # type: ignore[assignment]
+        assert not interval.read_retry(seq)
 
 
 async def test_lockdep_sees_who_waits_with_a_spinlock_held(colour: type[Recording]) -> None:
