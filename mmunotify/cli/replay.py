@@ -16,7 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mmunotify import RwSems, SpinLocks
+from mmunotify.inspect.report import write_report
 from mmunotify.traces.figures import figures
+from mmunotify.traces.history import History
 from mmunotify.traces.log import TraceLog
 from mmunotify.traces.recording import Recording
 from mmunotify.traces.replay import Batching, Design, Era, Replay
@@ -61,6 +63,7 @@ def replay(
     era: Era = "linux-6",
     device: DeviceOption = HOT,
     log: Path | None = None,
+    report: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Replay recorded programs into the software model, and show what each driver was told.
@@ -87,6 +90,8 @@ def replay(
         (a Zipf working set of N pages) or `random:P` (each faulted page with probability P).
     log
         Write every section and callback here, as newline-delimited JSON.
+    report
+        Write an HTML page with tables and plots here; it opens without a network.
     json
         Print one JSON object per recording instead of tables.
     """
@@ -99,18 +104,27 @@ def replay(
     )
     console = Console()
     status = 0
+    reported: list[dict[str, Any]] = []
     with ExitStack() as stack:
         trace = stack.enter_context(TraceLog(log)) if log is not None else None
         for path in files:
-            found = Replay(Recording(path), design, trace.append if trace else None)
-            run(found, quiet=json)
+            recording = Recording(path)
+            history = History(recording.header) if report is not None else None
+            emit = trace.append if trace is not None else None
+            done = Replay(recording, design, trace=emit, history=history)
+            run(done, quiet=json)
+            found = figures(done)
             if json:
-                print(jsonlib.dumps(figures(found)), flush=True)
+                print(jsonlib.dumps(found), flush=True)
             else:
-                show(console, figures(found))
-            if found.stopped:
+                show(console, found)
+            if history is not None:
+                reported.append({**found, "history": history.figures()})
+            if done.stopped:
                 status = INTERRUPTED
                 break
+    if report is not None:
+        write_report(report, reported)
     return status
 
 

@@ -36,6 +36,7 @@ def driver_figures(meter: Meter) -> dict[str, Any]:
         "pages": meter.pages,
         **known,
         "callback_seconds": meter.ns / 1e9,
+        "latencies": {bits: count for bits, count in enumerate(meter.latencies) if count},
     }
 
 

@@ -1,4 +1,8 @@
-"""The log of a replay: every section and callback, a line of JSON each."""
+"""The log of a replay: sections as they begin and end, and callbacks as they end, a line each.
+
+A callback's line has its `duration_ns`, so that its beginning needs no line of its own. Whoever only
+watches for the replay itself is left out.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,19 @@ from typing import TYPE_CHECKING, Final, Self
 
 import msgspec
 
+from mmunotify.log import CALLBACK
+
+from .history import Watcher
+from .matching import Witness
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from mmunotify import Record
 
 _LINES: Final = 4096
+WATCHERS: Final = frozenset((Witness.__qualname__, Watcher.__qualname__))
+"""By the name that a subscription has."""
 
 
 class TraceLog:
@@ -30,7 +41,9 @@ class TraceLog:
         self._file.close()
 
     def append(self, record: Record) -> None:
-        """Log a section's or a callback's start or end; a key that does not apply is left out."""
+        """Log an event; a key that does not apply is left out."""
+        if record.event == CALLBACK and (record.phase == "start" or record.driver in WATCHERS):
+            return
         line = {key: value for key, value in zip(record._fields, record, strict=True)
                 if value is not None}  # fmt: skip
         self._lines.append(self._encode(line))

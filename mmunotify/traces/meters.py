@@ -33,6 +33,8 @@ class Meter:
         """Announced by invalidations, whether mapped or not."""
         self.ns = 0
         """In callbacks, waits of coroutines included."""
+        self.latencies: Final = [0] * 64
+        """Callbacks by the number of bits of their nanoseconds: [n] took less than 2**n."""
         self.is_device = False
         """Its instances are devices (`mmunotify.Device`), which count what they do."""
         self._gone: Final[Counter[str]] = Counter()
@@ -64,7 +66,7 @@ class Meter:
         return total
 
     def _timed(self, name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
-        calls = self.calls
+        calls, latencies = self.calls, self.latencies
         announces = name in _ANNOUNCE
 
         def timed(*args: Any) -> Any:
@@ -75,12 +77,14 @@ class Meter:
             try:
                 return callback(*args)
             finally:
-                self.ns += perf_counter_ns() - began
+                took = perf_counter_ns() - began
+                self.ns += took
+                latencies[took.bit_length()] += 1
 
         return timed
 
     def _timed_coroutine(self, name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
-        calls = self.calls
+        calls, latencies = self.calls, self.latencies
         announces = name in _ANNOUNCE
 
         async def timed(*args: Any) -> Any:
@@ -91,7 +95,9 @@ class Meter:
             try:
                 return await callback(*args)
             finally:
-                self.ns += perf_counter_ns() - began
+                took = perf_counter_ns() - began
+                self.ns += took
+                latencies[took.bit_length()] += 1
 
         return timed
 

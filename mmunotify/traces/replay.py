@@ -13,6 +13,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
+import numpy as np
 
 from mmunotify import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Device, LockModel, RwSems, SleepableDriver
 from mmunotify.errors import BadAddress, MmError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mmunotify.model.mm import AddressSpace
 
     from .decode import Block, Call, Mapping
+    from .history import History
     from .recording import Recording
 
 Batching = Literal["page", "pte512", "gather", "range"]
@@ -81,12 +83,21 @@ class Replay:
     """One recording in one design; `run` it once. The counters can be read at any time."""
 
     def __init__(
-        self, recording: Recording, design: Design, trace: Callable[[Record], object] | None = None
+        self,
+        recording: Recording,
+        design: Design,
+        *,
+        trace: Callable[[Record], object] | None = None,
+        history: History | None = None,
     ) -> None:
         self.recording: Final = recording
         self.design: Final = design
         self.trace: Final = trace
         """Called with every section and callback of every address space."""
+        self.history: Final = history
+        """Watches over time, for a report."""
+        self.now = 0
+        """The recorded time of the event at hand, in microseconds after the first."""
         self.matches: Final = Matches()
         self.meters: Final = [Meter(choice.name, choice.kind) for choice in design.drivers]
         self.events = 0
@@ -138,16 +149,13 @@ class Replay:
             root = self.recording.header.root
             space = await self._adopt(machine.new_mm(self._name(root)))
             self._tasks[root] = Task(root, space, {})
-            micros = 0
-            first: int | None = None
             try:
                 for block in self.recording.blocks():
-                    if first is None:
-                        first = int(block.micros[0])
+                    if not self.events:
+                        block.micros[0] = 0
                     await self._block(block)
                     self.events += len(block)
-                    micros += int(block.micros.sum())
-                    self.recorded_seconds = (micros - first) / 1e6
+                    self.recorded_seconds = self.now / 1e6
                     self.replay_seconds = time.perf_counter() - began
                     if progress is not None:
                         progress(self)
@@ -167,16 +175,21 @@ class Replay:
         ends.append(len(block))
         texts = block.texts
         tasks = self._tasks
+        history = self.history
+        times = (block.micros.cumsum() + self.now)[np.array(ends) - 1]
         rows = zip(
             starts.tolist(),
             ends,
+            times.tolist(),
             bytes(block.kinds[starts]).decode(),
             block.tids[starts].tolist(),
             block.a[starts].tolist(),
             block.b[starts].tolist(),
             strict=True,
         )
-        for start, end, kind, tid, a, b in rows:
+        for start, end, self.now, kind, tid, a, b in rows:
+            if history is not None and self.now >= history.due:
+                history.look(self.now, self._spaces)
             task = tasks.get(tid)
             if task is None:
                 task = tasks[tid] = Task(tid, None, {})
@@ -472,6 +485,8 @@ class Replay:
         """Attach everybody to a new address space."""
         mm.notifiers.trace = self.trace
         await mm.register(Witness(self._heard))
+        if self.history is not None:
+            await mm.register(self.history.watcher(mm.name, lambda: self.now))
         drivers = []
         for choice, meter in zip(self.design.drivers, self.meters, strict=True):
             driver = choice.create()
