@@ -28,20 +28,31 @@ Batching = Literal["page", "pte512", "gather", "range"]
 class Section:
     """`async with`: the drivers of one address space drop pages [first, last) and may look again.
 
-    `gather` is where a zap puts the pages that it unmapped; `AddressSpace.release_gather` lets
-    deferred drivers finish and releases them.
+    `gather` is where a zap puts the pages that it unmapped. What deferred drivers have marked they
+    finish in `settle`, before the pages are released: on the way out if nothing is `zap`ped, by the
+    caller otherwise. Under a reverse-map lock (`locked`) the section is owed to the machine, which
+    settles when the lock is dropped.
     """
 
-    __slots__ = ("_batched", "_told", "gather", "mm", "pending", "rng")
+    __slots__ = ("_batched", "_locked", "_told", "_zap", "gather", "mm", "pending", "rng")
 
     def __init__(
-        self, mm: AddressSpace[Any], first: int, last: int, event: Event, *, zap: bool = False
+        self,
+        mm: AddressSpace[Any],
+        first: int,
+        last: int,
+        event: Event,
+        *,
+        zap: bool = False,
+        locked: bool = False,
     ) -> None:
         self.mm = mm
         self.rng = Range(first << PAGE_SHIFT, last << PAGE_SHIFT, event)
         self._told: Audience | None = None
         self.pending: list[tuple[Range, Audience]] = []
         self._batched = zap and mm.machine.batching != "range"
+        self._zap = zap
+        self._locked = locked
         self.gather = Gather(mm)
 
     async def __aenter__(self) -> Section:
@@ -62,6 +73,18 @@ class Section:
                 self.pending.append((self.rng, self._told))
         elif self._batched and self.mm.machine.batching == "gather" and self.gather.hold:
             await self.mm.notifiers.invalidate(self.rng)
+        if self._locked:
+            self.mm.machine.owed.append(self)
+        elif self.pending and not self._zap:
+            await self.settle()
+
+    async def settle(self) -> None:
+        """Let deferred drivers finish, then release the pages that were unmapped."""
+        pending, self.pending = self.pending, []
+        failed = self.failed
+        for rng, told in pending:
+            failed = bool(await self.mm.notifiers.invalidate_range_sync(rng, told)) or failed
+        self.gather.finish(leak=failed)
 
     @property
     def failed(self) -> bool:

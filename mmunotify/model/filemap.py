@@ -178,7 +178,8 @@ class File:
             for vma in self.i_mmap.overlapping(first, end):
                 low = page_of(vma, max(first, vma.pgoff))
                 high = min(page_of(vma, min(end, vma.pgoff + vma.pages)), vma.last)
-                await vma.mm.zap_page_range(vma, low, high, event=Event.CLEAR, even_cows=even_cows)
+                await vma.mm.zap_page_range(vma, low, high, even_cows=even_cows, locked=True)
+        await self.machine.settle()
 
     async def truncate(self, size: int) -> None:
         """Set the size in bytes (ftruncate)."""
@@ -271,11 +272,12 @@ class File:
                 mm = vma.mm
                 if not mm.maps(page, frame):
                     continue
-                async with mm.section(page, page + 1, Event.PROTECTION_PAGE):
+                async with mm.section(page, page + 1, Event.PROTECTION_PAGE, locked=True):
                     entry = mm.pt.get(page)
                     if entry & f.PTE_PRESENT and entry & (f.PTE_DIRTY | f.PTE_RW):
                         mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
                         mm.flush_tlb(page, page + 1)
+        await self.machine.settle()
 
     async def pread(self, offset: int, size: int) -> bytes:
         """Bytes of the file, less than asked for at its end."""

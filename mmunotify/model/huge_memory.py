@@ -113,9 +113,11 @@ async def wp_huge(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int
     return await handle_mm_fault(mm, vma, page, flags)
 
 
-async def split_huge_pmd(mm: AddressSpace[Any], page: int, vma: Vma) -> None:
+async def split_huge_pmd(
+    mm: AddressSpace[Any], page: int, vma: Vma, *, locked: bool = False
+) -> None:
     """Map 2 MiB by small entries; announced even if nothing huge is there (__split_huge_pmd)."""
-    async with mm.section(page, page + NR, Event.CLEAR):
+    async with mm.section(page, page + NR, Event.CLEAR, locked=locked):
         split_entry(mm, page >> 9)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from .batching import Batching
+    from .batching import Batching, Section
     from .vma import Vma
 
 L = TypeVar("L", bound=LockModel)
@@ -102,6 +102,8 @@ class Machine(Generic[L]):
         self.mms: Final[list[AddressSpace[L]]] = []
         """The living address spaces, oldest first."""
         self.files: Final[list[File]] = []
+        self.owed: Final[list[Section]] = []
+        """Sections under a reverse-map lock, whose deferred drivers have yet to finish."""
         self.migrating: Final[dict[int, anyio.Event]] = {}
         zero = self.frames.alloc()
         self.frames.get(zero)
@@ -157,6 +159,11 @@ class Machine(Generic[L]):
         self._work = 0
         await anyio.lowlevel.checkpoint()
         self._rested_ns = time.monotonic_ns()
+
+    async def settle(self) -> None:
+        """Settle the sections that were owed, now that no reverse-map lock is held."""
+        while self.owed:
+            await self.owed.pop().settle()
 
     # ------------------------------------------------------------------ frames
 

@@ -95,14 +95,16 @@ async def zap_page_range(
     *,
     event: Event = Event.CLEAR,
     even_cows: bool = True,
+    locked: bool = False,
 ) -> None:
     """Unmap pages [first, last) of one VMA: S PT E, flush and release (zap_page_range_single).
 
-    mmap_lock or i_mmap is held; may suspend in the section. PTE markers stay.
+    mmap_lock is held, or i_mmap (`locked`); may suspend in the section. PTE markers stay.
     """
-    async with mm.section(first, last, event, zap=True) as section:
+    async with mm.section(first, last, event, zap=True, locked=locked) as section:
         await zap_pages(mm, vma, first, last, section, even_cows=even_cows)
-    await mm.release_gather(section)
+    if not locked:
+        await section.settle()
 
 
 async def zap_pages(

@@ -64,11 +64,9 @@ async def _move(machine: Machine[Any], old: int, new: int) -> bool:
     async with lock.reading():
         try:
             for vma, page in machine.vmscan.mappings(old)[1]:
-                async with vma.mm.section(page, page + 1, Event.CLEAR) as section:
+                async with vma.mm.section(page, page + 1, Event.CLEAR, locked=True):
                     if _to_migration(machine, vma, page, old):
                         places.append((vma, page))
-                if section.pending:
-                    await vma.mm.release_gather(section)
         finally:
             # The migration entries hold a reference each; the cache and this function one.
             word = frames.word[old]
@@ -78,6 +76,7 @@ async def _move(machine: Machine[Any], old: int, new: int) -> bool:
                 _replace(machine, old, new)
             for vma, page in places:
                 _restore(machine, vma, page, old, new if free else old)
+    await machine.settle()
     return bool(free)
 
 

@@ -193,15 +193,15 @@ class AddressSpace(Generic[L]):
 
     # ------------------------------------------------------------------ sections and entries
 
-    def section(self, first: int, last: int, event: Event, *, zap: bool = False) -> Section:
-        """`async with`: drivers drop pages [first, last) on entry, may look again on exit."""
-        return Section(self, first, last, event, zap=zap)
+    def section(
+        self, first: int, last: int, event: Event, *, zap: bool = False, locked: bool = False
+    ) -> Section:
+        """`async with`: drivers drop pages [first, last) on entry, may look again on exit.
 
-    async def release_gather(self, section: Section) -> None:
-        """Let deferred drivers finish, then release the pages that the section unmapped."""
-        for rng, told in section.pending:
-            await self.notifiers.invalidate_range_sync(rng, told)
-        section.gather.finish(leak=section.failed)
+        A caller that zaps settles the section itself; one that holds a reverse-map lock says
+        `locked` and calls `Machine.settle` when it has dropped it.
+        """
+        return Section(self, first, last, event, zap=zap, locked=locked)
 
     zap_page_range = _memory.zap_page_range
 

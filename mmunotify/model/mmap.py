@@ -199,7 +199,7 @@ async def do_munmap(mm: AddressSpace[Any], first: int, last: int) -> None:
     for vma in vmas:
         await remove_vma(mm, vma)
     mm.pt.free_tables(first, last, floor, ceiling)
-    await mm.release_gather(section)
+    await section.settle()
 
 
 async def remove_vma(mm: AddressSpace[Any], vma: Vma) -> None:

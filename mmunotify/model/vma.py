@@ -210,7 +210,7 @@ async def _split_huge_if_needed(vma: Vma, page: int) -> None:
     if page & 511:
         first = page & ~511
         if first >= vma.first and first + 512 <= vma.last and vma.mm.pt.has_pmd(page):
-            await vma.mm.split_huge_pmd(first, vma)
+            await vma.mm.split_huge_pmd(first, vma, locked=True)
 
 
 async def _adjust_trans_huge(vma: Vma, first: int, last: int, nxt: Vma | None) -> None:
@@ -248,6 +248,7 @@ async def split(mm: AddressSpace[Any], vma: Vma, page: int, *, new_below: bool) 
             new.file.get()
         _moved(mm, vma, was)
         link(mm, new)
+    await mm.machine.settle()
     return new
 
 
@@ -429,6 +430,7 @@ async def _commit(
             if vma.file is not None:
                 vma.file.i_mmap.remove(vma)
                 vma.file.put()
+    await mm.machine.settle()
     return target
 
 

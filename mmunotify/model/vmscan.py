@@ -98,9 +98,10 @@ class Reclaim:
         async with lock.reading():
             for vma, page in self.mappings(frame)[1]:
                 if vma.mm.users and not await self._unmap_one(vma, page, frame):
-                    return False
+                    break
                 if not words[frame] & fr.MAP_MASK:
                     break
+        await self.machine.settle()
         return not words[frame] & fr.MAP_MASK
 
     async def _unmap_one(self, vma: Vma, page: int, frame: int) -> bool:
@@ -108,10 +109,8 @@ class Reclaim:
         notifiers = mm.notifiers
         if not notifiers.armed:
             return self._clear_entry(vma, page, frame)
-        async with mm.section(page, page + 1, Event.CLEAR) as section:
+        async with mm.section(page, page + 1, Event.CLEAR, locked=True) as section:
             done = self._clear_entry(vma, page, frame)
-        if section.pending:
-            await mm.release_gather(section)
         if section.failed:
             self.machine.frames.get(frame)
             self.machine.frames.leaked += 1
