@@ -1,7 +1,7 @@
 # Needs Python 3.11 or newer with venv and pip, and nothing else. The first target that is made creates
 # .venv; the next ones reuse it until a pyproject.toml changes.
 #
-#   make demo         three drivers attached to an address space, and what they were told
+#   make demo         two recorded programs with three drivers attached, and what they were told
 #   make test         the quick tier          ARGS="-k rwsem -x" goes to pytest
 #   make test-long    the rest
 #   make bench        ratios against peers    ARGS="core locks" picks some
@@ -32,7 +32,11 @@ PEERS := aiorwlock aiosignal blinker culsans frontrun pluggy simloom
 .PHONY: demo test test-long bench lint types clean
 
 demo: $(VENV)/.installed
-	@$(RUN) examples/quickstart.py
+	@mkdir -p build
+	@$(RUN) -m mmunotify replay tests/data/traces/sqlite.mmt.xz tests/data/traces/redis.mmt.xz \
+	    --driver kvm --driver gru --driver xpmem \
+	    --log build/demo.ndjson --report build/demo.html
+	@echo "every callback: build/demo.ndjson    as a page: build/demo.html"
 
 test: $(VENV)/.test
 	@$(RUN) -m pytest -m "not long" $(ARGS)

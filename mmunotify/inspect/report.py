@@ -75,7 +75,7 @@ def _section(found: dict[str, Any]) -> str:
     facts = [
         f"{words}, devices {design['device']}",
         f"{found['events']:,} events of {found['recorded_seconds']:.3f} s, replayed in "
-        + f"{found['replay_seconds']:.3f} s",
+        f"{found['replay_seconds']:.3f} s",
         f"{kernel:,} announcements by the kernel in calls and faults, {made}",
     ]
     seconds = found["recorded_seconds"]

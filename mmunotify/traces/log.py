@@ -1,6 +1,6 @@
 """The log of a replay: sections as they begin and end, and callbacks as they end, a line each.
 
-A callback's line has its `duration_ns`, so that its beginning needs no line of its own. Whoever only
+A callback's line has its `duration_ns`, so that its beginning needs no line of its own. Who only
 watches for the replay itself is left out.
 """
 
