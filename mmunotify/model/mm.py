@@ -291,6 +291,14 @@ class AddressSpace(Generic[L]):
             return before.anon_vma
         return None
 
+    async def reclaim(self, start: int, end: int) -> int:
+        """Swap out or drop the pages of [start, end) bytes, as a recording says; how many."""
+        return await self.machine.vmscan.reclaim_range(self, start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+
+    def age(self, start: int, end: int) -> bool:
+        """Clear the accessed bits of [start, end) bytes, the drivers' too; whether any was set."""
+        return self.machine.vmscan.age_range(self, start >> PAGE_SHIFT, end >> PAGE_SHIFT)
+
     def locks_of(self, *vmas: Vma) -> WriteLocked:
         """The reverse-map locks of some VMAs, for writing."""
         return WriteLocked(locks_of(vmas))

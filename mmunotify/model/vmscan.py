@@ -19,6 +19,7 @@ from . import flags as f
 from . import frames as fr
 from . import huge_memory
 from . import lru as lists
+from . import memory
 from .filemap import File
 from .ksm import StableNode
 from .rmap import AnonVma
@@ -375,6 +376,52 @@ class Reclaim:
         swap.dup(slot)
         owner.swapped[index] = slot
         return True
+
+    # ------------------------------------------------------------------ as somebody else decided
+
+    async def reclaim_range(self, mm: AddressSpace[Any], first: int, last: int) -> int:
+        """Take the pages of [first, last) from this address space alone; how many it had.
+
+        For who knows what has to go (a recording): nothing is aged, absent and kept pages are
+        skipped, pages that others map too are taken from this one. One announcement per page.
+        """
+        taken = 0
+        for page, entry in memory.iter_present(mm, first, last):
+            frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+            if entry & f.PTE_SPECIAL or not mm.maps(page, frame):
+                continue
+            word = self.machine.frames.word[frame]
+            if word & fr.MAP_MASK == fr.MAP_ONE:
+                await self.shrink([frame], force=True)
+            elif not word & (_KEPT | fr.PG_PINNED | fr.PG_HUGE | fr.PG_KSM):
+                await self._take_from(mm, page, frame)
+            taken += not mm.maps(page, frame)
+            await self.machine.cond_resched(1)
+        return taken
+
+    async def _take_from(self, mm: AddressSpace[Any], page: int, frame: int) -> None:
+        word, swap = self.machine.frames.word[frame], self.machine.swap
+        lock, _ = self.mappings(frame)
+        vma = mm.find_vma(page)
+        if lock is None or vma is None:
+            return
+        if word & fr.PG_ANON and word & fr.PG_SWAPBACKED and not word & fr.PG_SWAPCACHE:
+            slot = swap.alloc()
+            if slot < 0:
+                return
+            swap.add_to_cache(frame, slot)
+            self.machine.frames.word[frame] |= fr.PG_DIRTY
+        async with lock.reading():
+            await self._unmap_one(vma, page, frame)
+        await self.machine.settle()
+
+    def age_range(self, mm: AddressSpace[Any], first: int, last: int) -> bool:
+        """Clear the accessed bits of [first, last) and of the drivers; whether any was set."""
+        young = False
+        for page, entry in memory.iter_present(mm, first, last):
+            if not entry & f.PTE_SPECIAL:
+                young |= _clear_young(mm, page)
+        return young
 
     # ------------------------------------------------------------------ the lists
 
