@@ -17,9 +17,8 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event, Range
 
 from . import flags as f
 from . import frames as fr
-from . import huge_memory
+from . import huge_memory, memory
 from . import lru as lists
-from . import memory
 from .filemap import File
 from .ksm import StableNode
 from .rmap import AnonVma
