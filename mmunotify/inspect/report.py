@@ -72,13 +72,12 @@ def _section(found: dict[str, Any]) -> str:
     share = f" ({found['matched'] / kernel:.2%})" if kernel else ""
     words = f"{design['locks']} locks, {design['batching']} batching, {design['era']}"
     made = f"{found['matched']:,} of them made here{share}; {found['given']:,} by others, given"
+    recorded, replayed = found["recorded_seconds"], found["replay_seconds"]
     facts = [
         f"{words}, devices {design['device']}",
-        f"{found['events']:,} events of {found['recorded_seconds']:.3f} s, replayed in "
-        f"{found['replay_seconds']:.3f} s",
+        f"{found['events']:,} events of {recorded:.3f} s, replayed in {replayed:.3f} s",
         f"{kernel:,} announcements by the kernel in calls and faults, {made}",
     ]
-    seconds = found["recorded_seconds"]
     milliseconds = history["column"] / 1000
     layouts = [(when / 1000, layout) for when, layout in history["layouts"]]
     parts = [
@@ -97,7 +96,7 @@ def _section(found: dict[str, Any]) -> str:
         f"<h3>Memory of {escape(history['space'])}</h3>",
         f"<p>the address space with the most announcements, {history['announced']:,}; ",
         "addresses upwards, holes drawn short, heights by the logarithm of the size</p>",
-        memory_map("address space over time", layouts, seconds * 1000, "ms"),
+        memory_map("address space over time", layouts, recorded * 1000, "ms"),
     ]
     return f'<section id="{escape(found["recording"])}">{"".join(parts)}</section>\n'
 
