@@ -36,15 +36,20 @@ def _task(execution: Execution, task: Task) -> Iterator[str]:
         yield f"  {name} can run"
     frames = [frame for frame in await_frames(task.coro) if not is_ours(frame.f_code.co_filename)]
     for frame in reversed(frames[-_DEPTH:]):
-        owner = frame.f_locals.get("self")
-        of = f" of {owner!r}" if _has_repr(owner) else ""
+        of = _of(frame.f_locals.get("self"))
         yield f"      at {place(frame.f_code, frame.f_lineno)}{of}"
     for held in _held(execution, task):
         yield f"      holds {held}"
 
 
-def _has_repr(value: Any) -> bool:
-    return any("__repr__" in vars(base) for base in type(value).__mro__[:-1])
+def _of(owner: object) -> str:
+    """What the method at hand belongs to, if that has something to say."""
+    if owner is None or all("__repr__" not in vars(base) for base in type(owner).__mro__[:-1]):
+        return ""
+    try:
+        return f" of {owner!r}"
+    except Exception:  # It may be half made.
+        return ""
 
 
 def _held(execution: Execution, task: Task) -> list[str]:

@@ -66,11 +66,9 @@ class Exploration:
         return self
 
     def __str__(self) -> str:
-        verdict = f"{self.failures} failed" if self.failures else "none failed"
-        extent = "all there are" if self.exhausted else "there are more"
-        if self.bounds:
-            extent += f" with {' and '.join(self.bounds)}" if self.exhausted else ""
+        extent = "exhausted" if self.exhausted else "not exhausted"
+        within = f" within {', '.join(self.bounds)}" if self.bounds else ""
         return (
-            f"{self.schedules} schedules by {self.strategy} ({extent}), {self.states} states, "
-            f"{len(self.outcomes)} outcomes, {verdict}, {self.seconds:.3g} s"
+            f"{self.strategy}{within}: {self.schedules} schedules, {extent}; {self.states} states, "
+            f"{len(self.outcomes)} outcomes, {self.failures} failures, {self.seconds:.3g} s"
         )
