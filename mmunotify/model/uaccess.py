@@ -197,20 +197,26 @@ async def touch(
 
     Fresh anonymous memory is filled in vector steps if no contents are kept or stored.
     """
-    stored = value and mm.machine.frames.data is not None
+    machine = mm.machine
+    stored = value and machine.frames.data is not None
     if step != PAGE_SIZE or mm.on_fault is not None or stored:
         for at in range(addr, addr + length, step):
             await access(mm, at, write, value)
-            await mm.machine.cond_resched(1)
+            await machine.cond_resched(1)
         return
     page = addr >> PAGE_SHIFT
     last = (addr + length + _PAGE_BITS) >> PAGE_SHIFT
     while page < last:
         end = min(last, (page // _STEP + 1) * _STEP)
-        if not _touch_range(mm, page, end, write):
+        if write:
+            # No further than memory lasts; the page after that reclaims.
+            end = min(end, page + max(1, machine.frames.free - machine.low))
+        if _touch_range(mm, page, end, write):
+            await machine.cond_resched(end - page)
+        else:
             for at in range(page, end):
                 await access(mm, at << PAGE_SHIFT, write)
-        await mm.machine.cond_resched(end - page)
+                await machine.cond_resched(1)
         page = end
 
 
@@ -228,7 +234,7 @@ def _touch_range(mm: AddressSpace[Any], first: int, last: int, write: bool) -> b
         and vma.uffd is None
         and not vma.flags & (f.VM_LOCKED | f.VM_HUGEPAGE)
         and machine.thp != "always"
-        and machine.frames.free - (last - first) > machine.low
+        and machine.frames.free - (last - first) >= machine.low
         and (not write or mm.anon_vma_prepare_nowait(vma))
     )
     if fresh:
