@@ -304,15 +304,19 @@ class Dispatch:
     def trace(self) -> Callable[[log.Record], object] | None:
         """Where hot events go, or None (the default: nothing is recorded, and it costs nothing).
 
-        Assign any callable that takes a `log.Record`, such as a `Ring`'s append; what it raises,
-        the operation raises.
+        Assign any callable that takes a `log.Record`, such as a `Ring`'s append. If it raises, the
+        error is logged and the trace is off: listening must not change what is listened to.
         """
         return self._tracer.emit if self._tracer is not None else None
 
     @trace.setter
     def trace(self, emit: Callable[[log.Record], object] | None) -> None:
-        self._tracer = None if emit is None else Tracer(self.name, emit)
+        self._tracer = None if emit is None else Tracer(self.name, emit, self._trace_failed)
         self._replace()
+
+    def _trace_failed(self, error: Exception) -> None:
+        self.trace = None
+        self._log.emit(log.TRACE_FAILED, error=repr(error), exc_info=error)
 
     # ------------------------------------------------------------------ drivers that pass it on
 
@@ -601,7 +605,7 @@ class Dispatch:
     def _survives(self, call: Call, exc: BaseException, what: Range | int) -> bool:
         """Whether a start that raised lets the section go on, without the driver that failed.
 
-        A cancellation or KeyboardInterrupt does not, nor does what the listener of `trace` raised.
+        A cancellation or KeyboardInterrupt does not, nor does what lockdep raised.
         """
         if isinstance(exc, Exception) and call.name != WATCHER:
             self._quarantine(call, exc, what)

@@ -54,7 +54,7 @@ DRIVER_UNREGISTERED: Final = define_event(
     "driver_unregistered",
     "info",
     "mm driver",
-    "Unregister is complete: no callback of the driver runs or will run.",
+    "Unregister or the last put is complete: no callback of the driver runs or will run.",
 )
 DRIVER_FAILED: Final = define_event(
     "driver_failed",
@@ -79,6 +79,12 @@ SECTION_REFUSED: Final = define_event(
     "warning",
     "mm driver start end reason",
     "-EAGAIN: a non-blockable section met a driver that would have to wait.",
+)
+TRACE_FAILED: Final = define_event(
+    "trace_failed",
+    "error",
+    "mm error exc_info",
+    "The listener of a trace raised: the trace is off, what was traced goes on.",
 )
 CALLBACK_RAISED: Final = define_event(
     "callback_raised",
@@ -130,8 +136,9 @@ class Log:
 
         self._configured = structlog.is_configured
         self._given = logger is not None
-        self._logger = (structlog.get_logger("mmunotify") if logger is None else logger).bind(
-            **keys
+        # The default one is bound anew at each use: structlog may be configured later.
+        self._logger = (
+            structlog.get_logger("mmunotify", **keys) if logger is None else logger.bind(**keys)
         )
 
     def emit(self, event: str, **keys: object) -> None:

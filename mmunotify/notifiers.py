@@ -176,8 +176,7 @@ class Notifiers(Dispatch, Generic[L]):
         self.refuse_in_callback("unregister")
         subscription.over = True
         await self._retire(subscription, grace)
-        self._free(subscription)
-        self._log.emit(log.DRIVER_UNREGISTERED, driver=subscription.name)
+        self._bury(subscription)
 
     @overload
     def attached(
@@ -247,7 +246,7 @@ class Notifiers(Dispatch, Generic[L]):
                 asked: sub for asked, sub in self._shared.items() if sub is not subscription
             }
             self._unhash(subscription)
-            self._after_sections(lambda: self.srcu.call(lambda: self._free(subscription)))
+            self._after_sections(lambda: self.srcu.call(lambda: self._bury(subscription)))
 
     async def barrier(self) -> None:
         """Wait until every driver that has been put for the last time is freed.
@@ -507,6 +506,10 @@ class Notifiers(Dispatch, Generic[L]):
                 interrupted = exc
             else:
                 return interrupted
+
+    def _bury(self, sub: Subscription[AnyDriver]) -> None:
+        self._free(sub)
+        self._log.emit(log.DRIVER_UNREGISTERED, driver=sub.name)
 
     def _free(self, sub: Subscription[AnyDriver]) -> None:
         try:

@@ -76,15 +76,25 @@ class Guard:
             lockdep.acquire(self, what, sleeps=True)
 
 
+def _nobody(record: log.Record) -> None:
+    """Listens instead of a listener that raised."""
+
+
 class Tracer:
     """Wraps the calls of an audience so that each leaves a `log.Record`; only while traced."""
 
-    __slots__ = ("_began", "_mm", "_place", "emit")
+    __slots__ = ("_began", "_failed", "_mm", "_place", "emit")
 
-    def __init__(self, mm: str, emit: Callable[[log.Record], object]) -> None:
+    def __init__(
+        self,
+        mm: str,
+        emit: Callable[[log.Record], object],
+        failed: Callable[[Exception], None],
+    ) -> None:
         self._mm = mm
         self._place = _place("trace")
         self.emit = emit
+        self._failed = failed
         self._began: dict[int, int] = {}
 
     def wrap(self, audience: Audience) -> None:
@@ -121,26 +131,30 @@ class Tracer:
         duration: int | None = None,
         call: Call | None = None,
     ) -> None:
+        """Hand a record to the listener; one that raises has no part in what it listens to."""
         start, end, reason = (
             (*what, None) if isinstance(what, tuple) else (what.start, what.end, what.event.name)
         )
-        self.emit(
-            log.Record(
-                log.sequence(),
-                time.monotonic_ns(),
-                event,
-                self._mm,
-                call.subscription.name if call else None,
-                call.name if call else None,
-                span,
-                parent,
-                phase,
-                start,
-                end,
-                reason,
-                duration,
-            )
+        record = log.Record(
+            log.sequence(),
+            time.monotonic_ns(),
+            event,
+            self._mm,
+            call.subscription.name if call else None,
+            call.name if call else None,
+            span,
+            parent,
+            phase,
+            start,
+            end,
+            reason,
+            duration,
         )
+        try:
+            self.emit(record)
+        except Exception as exc:
+            self.emit = _nobody
+            self._failed(exc)
 
     def _wrapped(self, call: Call) -> Call:
         callback = call.callback
@@ -152,7 +166,7 @@ class Tracer:
                 what = (what, args[1]) if len(args) > 1 else (page, page + PAGE_SIZE)
                 parent = log.current_span.get()
             else:
-                parent = what.span
+                parent = what.span or log.current_span.get()
             span = log.spans()
             self._record(log.CALLBACK, span, parent, "start", what, None, call)
             return span, parent, what, time.monotonic_ns()
