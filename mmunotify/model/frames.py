@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     U64 = npt.NDArray[np.uint64]
@@ -82,6 +84,8 @@ class Frames:
         self.data: Final[dict[int, bytearray] | None] = {} if contents else None
         """Contents of the frames that are not all zeros, if the machine keeps contents."""
         self.pins: Final[dict[int, int]] = {}
+        self.on_free: Callable[[int], object] | None = None
+        """Called with each frame that is about to be freed, if somebody checks."""
         self.leaked = 0
         """Frames that a failed driver may still use: never freed."""
 
@@ -186,6 +190,8 @@ class Frames:
         self._free(frame, self.word[frame])
 
     def _free(self, frame: int, word: int) -> None:
+        if self.on_free is not None:
+            self.on_free(frame)
         self.word[frame] = ((word & GEN_MASK) + GEN_ONE) & WORD_MASK
         if self.data is not None:
             self.data.pop(frame, None)
@@ -203,6 +209,9 @@ class Frames:
 
     def free_many(self, frames: Indices, words: U64) -> None:
         """Free these distinct frames, whose words were `words`."""
+        if self.on_free is not None:
+            for frame in frames.tolist():
+                self.on_free(frame)
         self.words[frames] = (words & np.uint64(GEN_MASK)) + np.uint64(GEN_ONE)
         if self.data is not None:
             for frame in frames.tolist():

@@ -28,6 +28,8 @@ from .swap import Swap
 from .vmscan import Reclaim
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import numpy.typing as npt
 
@@ -102,6 +104,8 @@ class Machine(Generic[L]):
         self.mms: Final[list[AddressSpace[L]]] = []
         """The living address spaces, oldest first."""
         self.files: Final[list[File]] = []
+        self.on_new_mm: Callable[[AddressSpace[L]], object] | None = None
+        """Called with every new address space, if somebody checks."""
         self.owed: Final[list[Section]] = []
         """Sections under a reverse-map lock, whose deferred drivers have yet to finish."""
         self.migrating: Final[dict[int, anyio.Event]] = {}
@@ -138,6 +142,8 @@ class Machine(Generic[L]):
         """An empty address space."""
         mm: AddressSpace[L] = AddressSpace(self, name or f"mm{len(self.mms)}")
         self.mms.append(mm)
+        if self.on_new_mm is not None:
+            self.on_new_mm(mm)
         return mm
 
     def forget(self, mm: AddressSpace[L]) -> None:
