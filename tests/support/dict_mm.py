@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -112,7 +112,7 @@ class DictMm:
         self.locks = locks
         self.mmap_lock = mn.RWSemaphore(f"mmap_lock[{name}]")
         self.anon_vma = locks.rmap_lock(f"anon_vma[{name}]")
-        self.notifiers = mn.Notifiers(
+        self.notifiers: mn.Notifiers[Any] = mn.Notifiers(
             locks, name=name, primary=self, quiesce=self._excluding_sections
         )
         self.mm_users = 1
