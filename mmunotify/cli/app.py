@@ -32,6 +32,11 @@ app.command(
     help="Run async code under every schedule that matters, or replay one.",
 )
 app.command(
+    "mmunotify.cli.model:app",
+    name="model",
+    help="Hold the software model to what a kernel did.",
+)
+app.command(
     "mmunotify.cli.replay:replay",
     name="replay",
     help="Replay recorded programs into the software model, and print what a driver was told.",
