@@ -34,7 +34,7 @@ class Section:
     settles when the lock is dropped.
     """
 
-    __slots__ = ("_batched", "_locked", "_told", "_zap", "gather", "mm", "pending", "rng")
+    __slots__ = ("_batched", "_locked", "_page", "_told", "_zap", "gather", "mm", "pending", "rng")
 
     def __init__(
         self,
@@ -52,6 +52,8 @@ class Section:
         self.pending: list[tuple[Range, Audience]] = []
         self._batched = zap and mm.machine.batching != "range"
         self._zap = zap
+        # 2008 told what the reverse map does to one page in one call, once the entry is gone.
+        self._page = mm.machine.era == "v16" and not zap and last - first == 1
         self._locked = locked
         self.gather = Gather(mm)
 
@@ -61,13 +63,15 @@ class Section:
             self.mm.announced.append(self.rng)
             if self._batched:
                 self.gather.hold = True
-            else:
+            elif not self._page:
                 self._told = await notifiers.invalidate_range_start(self.rng)
                 self.gather.hold = bool(self._told.sync_calls) or bool(self._told.failed)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._told is not None:
+        if self._page and self.mm.notifiers.armed:
+            await self.mm.notifiers.invalidate_page(self.rng.start)
+        elif self._told is not None:
             await self.mm.notifiers.invalidate_range_end(self.rng, self._told)
             if self._told.sync_calls:
                 self.pending.append((self.rng, self._told))

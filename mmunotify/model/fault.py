@@ -198,9 +198,15 @@ def _copy_nowait(mm: AddressSpace[Any], vma: Vma, page: int, entry: int, unshare
     if notifiers.armed:
         rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
         mm.announced.append(rng)
-        told = notifiers.invalidate_range_start_atomic(rng)
-        _install_copy(mm, vma, page, entry, old, new, zero, unshare)
-        failed = notifiers.invalidate_range_end_atomic(rng, told)
+        if machine.era == "v16":
+            mm.set_pte(page, 0)
+            failed = notifiers.invalidate_page_atomic(rng.start).failed
+            mm.set_pte(page, entry)
+            _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+        else:
+            told = notifiers.invalidate_range_start_atomic(rng)
+            _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+            failed = notifiers.invalidate_range_end_atomic(rng, told)
     else:
         _install_copy(mm, vma, page, entry, old, new, zero, unshare)
     if failed:
@@ -236,7 +242,11 @@ async def wp_page_copy(
     notifiers = mm.notifiers
     failed: object = ()
     try:
-        if notifiers.armed:
+        if notifiers.armed and machine.era == "v16":
+            # As patch 03 of the series: after the page table lock, the old page still referenced.
+            done = _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+            failed = await notifiers.invalidate_page(page << PAGE_SHIFT)
+        elif notifiers.armed:
             rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
             mm.announced.append(rng)
             told = await notifiers.invalidate_range_start(rng)

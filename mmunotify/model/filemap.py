@@ -297,6 +297,7 @@ class File:
     async def pwrite(self, offset: int, data: bytes) -> None:
         """Write bytes through the page cache; grows the file."""
         frames = self.machine.frames
+        large = self._large_folios(offset, len(data)) if self.kind == "ext4" else set()
         at = 0
         while at < len(data):
             index, low = (offset + at) >> PAGE_SHIFT, (offset + at) & _PAGE_BITS
@@ -308,9 +309,25 @@ class File:
             if frames.data is not None:
                 contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))
                 contents[low:high] = data[at : at + high - low]
-            frames.word[frame] |= fr.PG_DIRTY
+            frames.word[frame] |= fr.PG_DIRTY | (fr.PG_LARGE if index in large else 0)
             self.machine.mark_accessed(frame)
             at += high - low
+
+    def _large_folios(self, offset: int, length: int) -> set[int]:
+        """The absent pages that a write of whole pages brings in as folios of several."""
+        large: set[int] = set()
+        index, last = -(-offset >> PAGE_SHIFT), (offset + length) >> PAGE_SHIFT
+        while index < last:
+            order = (last - index).bit_length() - 1
+            while index & ((1 << order) - 1):
+                order -= 1
+            folio = range(index, index + (1 << order))
+            if order and not any(page in self.pages for page in folio):
+                large.update(folio)
+                index += 1 << order
+            else:
+                index += 1
+        return large
 
     def drop_cache(self) -> None:
         """Forget clean pages that nobody maps (POSIX_FADV_DONTNEED after a sync)."""

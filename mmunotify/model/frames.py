@@ -56,7 +56,8 @@ PG_HUGE: Final = 1 << 44
 """Part of a folio of 512 frames."""
 PG_PAGECACHE: Final = 1 << 45
 PG_UNEVICTABLE: Final = 1 << 46
-PG_HUGETLB: Final = 1 << 47
+PG_LARGE: Final = 1 << 47
+"""Part of a file's folio of several frames."""
 
 OWNER_SHIFT: Final = 40
 INDEX_MASK: Final = (1 << OWNER_SHIFT) - 1

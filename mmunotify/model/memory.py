@@ -34,7 +34,7 @@ SHIFT: Final = np.uint64(PAGE_SHIFT)
 _MAP_ONE: Final = np.uint64(fr.MAP_ONE)
 _MAPPED_ONCE: Final = np.uint64(fr.MAPPED_ONCE)
 _RARE: Final = np.uint64(
-    fr.PG_SWAPCACHE | fr.PG_KSM | fr.PG_MLOCKED | fr.PG_PAGECACHE | fr.PG_HUGE | fr.PG_HUGETLB
+    fr.PG_SWAPCACHE | fr.PG_KSM | fr.PG_MLOCKED | fr.PG_PAGECACHE | fr.PG_HUGE | fr.PG_LARGE
 )
 _COUNTS_AND_RARE: Final = np.uint64(fr.COUNTS_MASK) | _RARE
 

@@ -116,7 +116,7 @@ def pagemap(mm: AddressSpace[Any], start: int, end: int) -> list[tuple[int, str,
             code = code.upper()
         if word & fr.PG_KSM:
             code = "k"
-        code += "h" if word & fr.PG_HUGE and not word & fr.PG_HUGETLB else ""
+        code += "h" if word & (fr.PG_HUGE | fr.PG_LARGE) else ""
         code += "c" if word & fr.PG_SWAPCACHE else ""
         found.append((page, code + wp, frame))
     return found
@@ -136,7 +136,7 @@ async def clear_refs(mm: AddressSpace[Any], value: int) -> None:
         return
     if value == 4:
         async with mm.write_locked:
-            if mm.notifiers.armed:
+            if mm.notifiers.armed and mm.machine.era != "v16":
                 async with mm.notifiers.invalidating(Range(0, ULONG_MAX, Event.SOFT_DIRTY)):
                     pass
         return

@@ -44,7 +44,7 @@ _COMMON_MASK: Final = (
     | fr.PG_KSM
     | fr.PG_PINNED
     | fr.PG_HUGE
-    | fr.PG_HUGETLB
+    | fr.PG_LARGE
 )
 
 
@@ -248,7 +248,8 @@ class Reclaim:
         if notifiers.armed:
             rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
             mm.announced.append(rng)
-            told = notifiers.invalidate_range_start_atomic(rng)
+            if machine.era != "v16":
+                told = notifiers.invalidate_range_start_atomic(rng)
         slot = swap.alloc()
         swap.dup(slot)
         swap.write(frame, slot)
@@ -261,6 +262,8 @@ class Reclaim:
         failed: object = ()
         if rng is not None and told is not None:
             failed = notifiers.invalidate_range_end_atomic(rng, told)
+        elif rng is not None:
+            failed = notifiers.invalidate_page_atomic(rng.start).failed
         if failed:
             frames.leaked += 1
             return 0

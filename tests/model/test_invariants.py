@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,6 +11,9 @@ from mmunotify.errors import InvariantViolated
 from mmunotify.model import AddressSpace, Machine
 from mmunotify.model import flags as f
 from mmunotify.model.invariants import InvariantChecker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PAGE = mn.PAGE_SIZE
 
@@ -48,17 +51,22 @@ async def test_change_behind_the_back_is_named(
 ) -> None:
     async with Machine(frames=256, contents=True) as machine:
         mm, address = await a_process(machine)
-        with pytest.raises(InvariantViolated, match=rule), InvariantChecker(machine) as checker:
-            misdeed(mm, address >> 12)
+        checker = InvariantChecker(machine)
+        checker.watch(mm)
+        misdeed(mm, address >> 12)
+        with pytest.raises(InvariantViolated, match=rule):
             checker.check()
 
 
 async def test_section_left_open_is_named() -> None:
     async with Machine(frames=256) as machine:
         mm, address = await a_process(machine)
-        with pytest.raises(InvariantViolated, match="I-PROG"), InvariantChecker(machine):
-            rng = mn.Range(address, address + PAGE)
-            told = await mm.notifiers.invalidate_range_start(rng)
+        checker = InvariantChecker(machine)
+        checker.watch(mm)
+        rng = mn.Range(address, address + PAGE)
+        told = await mm.notifiers.invalidate_range_start(rng)
+        with pytest.raises(InvariantViolated, match="I-PROG"):
+            checker.__exit__(None, None, None)
         await mm.notifiers.invalidate_range_end(rng, told)
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import anyio
 import pytest
 
 import mmunotify as mn
-from mmunotify.errors import BadAddress, MmError
+from mmunotify.errors import BadAddress
 from mmunotify.model import AddressSpace, Machine
 from mmunotify.model import flags as f
-from mmunotify.model.batching import Batching
 from mmunotify.model.invariants import InvariantChecker
+
+if TYPE_CHECKING:
+    from mmunotify.model.batching import Batching
 
 PAGE = mn.PAGE_SIZE
 PAGES = 24
@@ -119,6 +122,7 @@ async def test_two_tasks_operate_on_one_address_space() -> None:
             mm = machine.new_mm("P")
             await mm.register(Sleepy())
             base = await mm.mmap(8 * PAGE)
+            signals: set[tuple[str, int]] = set()
 
             async def unmap() -> None:
                 for _ in range(20):
@@ -129,13 +133,13 @@ async def test_two_tasks_operate_on_one_address_space() -> None:
                 for turn in range(60):
                     try:
                         await mm.access(base + turn % 8 * PAGE, True, 7)
-                    except (BadAddress, MmError) as error:
-                        assert isinstance(error, BadAddress)
-                        assert (error.signal, error.code) == ("SEGV", 1)
+                    except BadAddress as error:
+                        signals.add((error.signal, error.code))
                     await anyio.lowlevel.checkpoint()
 
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(unmap)
                 tasks.start_soon(touch)
                 tasks.start_soon(touch)
+    assert signals <= {("SEGV", 1)}
     assert machine.frames.used == 1
