@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmunotify import RwSems, SpinLocks
+from mmunotify.errors import DriverConfigError
 from mmunotify.inspect.report import write_report
 from mmunotify.traces.figures import figures
 from mmunotify.traces.history import History
@@ -102,6 +103,9 @@ def replay(
         era=era,
         touching=device,
     )
+    reason = design.impossible()
+    if reason is not None:
+        raise DriverConfigError(f"{reason}: choose other --locks or --batching")
     console = Console()
     status = 0
     reported: list[dict[str, Any]] = []

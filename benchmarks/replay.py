@@ -1,0 +1,59 @@
+"""How fast recordings are replayed: recorded wall time over replay time, 1 for "as fast as it was".
+
+The recordings that ship with the project, and those of the directory MMUNOTIFY_RECORDINGS. The
+limits hold for the geometric mean over the eight recordings that the project is measured with, of
+which two ship.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import anyio
+
+from mmunotify.cli.choices import choose
+from mmunotify.traces.recording import Recording
+from mmunotify.traces.replay import Design, Replay
+
+from ._bench import Row, at_least
+
+SHIPPED = Path(__file__).parent.parent / "tests" / "data" / "traces"
+DRIVERS = ("kvm", "gru", "xpmem")
+ROUNDS = 3
+
+
+def paths() -> list[Path]:
+    directory = os.environ.get("MMUNOTIFY_RECORDINGS")
+    found = {path.name: path for path in SHIPPED.glob("*.mmt.xz")}
+    if directory is not None:
+        found |= {path.name: path for path in Path(directory).glob("*.mmt.xz")}
+    return [found[name] for name in sorted(found)]
+
+
+def ratio(path: Path, drivers: tuple[str, ...]) -> float:
+    """The best of some replays, parsing included."""
+    best = 0.0
+    for _ in range(ROUNDS):
+        replay = Replay(Recording(path), Design(tuple(map(choose, drivers))))
+        anyio.run(replay.run)
+        best = max(best, replay.recorded_seconds / replay.replay_seconds)
+    return best
+
+
+def run() -> list[Row]:
+    rows: list[Row] = []
+    against = "recorded time"
+    for label, drivers, least, mean in (
+        ("three drivers", DRIVERS, 1 / 6, 1.0),
+        ("no driver", (), 0.0, 4.0),
+    ):
+        ratios = {path.name.removesuffix(".mmt.xz"): ratio(path, drivers) for path in paths()}
+        rows += [
+            at_least(f"{name}, {label}", found, round(least, 3), against)
+            for name, found in ratios.items()
+        ]
+        together = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        rows.append(at_least(f"geometric mean, {label}", together, mean, against))
+    return rows
