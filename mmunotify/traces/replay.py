@@ -45,6 +45,7 @@ _CODE_PRESENT: Final = 1
 _CODE_WRITE: Final = 2
 _ANON: Final = 1
 """rss_stat's member of anonymous pages."""
+_PAGE_BITS: Final = np.uint64(PAGE_SHIFT)
 _NOTHING: Final[list[Span]] = []
 _HOT: Final = Touching("hot", pages=64)
 
@@ -170,24 +171,22 @@ class Replay:
     # ------------------------------------------------------------------ events
 
     async def _block(self, block: Block) -> None:
-        starts = block.runs()
-        ends = starts[1:].tolist()
-        ends.append(len(block))
+        starts, ends = block.runs()
         texts = block.texts
         tasks = self._tasks
         history = self.history
-        times = (block.micros.cumsum() + self.now)[np.array(ends) - 1]
+        times = block.micros.cumsum() + self.now
         rows = zip(
             starts.tolist(),
-            ends,
-            times.tolist(),
+            (block.a[ends] >> _PAGE_BITS).tolist(),
+            times[ends].tolist(),
             bytes(block.kinds[starts]).decode(),
             block.tids[starts].tolist(),
             block.a[starts].tolist(),
             block.b[starts].tolist(),
             strict=True,
         )
-        for start, end, self.now, kind, tid, a, b in rows:
+        for start, last, self.now, kind, tid, a, b in rows:
             if history is not None and self.now >= history.due:
                 history.look(self.now, self._spaces)
             task = tasks.get(tid)
@@ -202,12 +201,12 @@ class Replay:
                 self._announced(task, (a, b))
                 continue
             if kind == "a":
-                await self._age(task, a, end - start, b - a)
+                await self._age(task, a, last - (a >> PAGE_SHIFT) + 1, b - a)
                 continue
             if task.fault is not None:
                 await self._end_fault(task, task.fault)
             if kind == "f":
-                await self._fault(task, a, end - start, b)
+                await self._fault(task, a, last - (a >> PAGE_SHIFT) + 1, b)
             elif kind == "F":
                 await self._fault(task, a, 1, b)
             elif kind == "v":
@@ -228,6 +227,7 @@ class Replay:
                 await self._exit(task)
             elif kind == "t":
                 self._test_young(task, a)
+        self.now = int(times[-1])
 
     async def _goes_on(self, task: Task) -> None:
         """The recording is over: what its last event has left open ends here."""
@@ -331,10 +331,10 @@ class Replay:
         self._heard.clear()
 
     async def _age(self, task: Task, start: int, pages: int, size: int) -> None:
-        space = self._owner(task, start)
         last = start + (pages - 1) * PAGE_SIZE
         task.aged = (last, last + size)
         self.aged += pages
+        space = self._owner(task, start) if self.meters else None
         if space is not None:
             clear_flush_young = space.mm.notifiers.clear_flush_young
             for address in range(start, start + pages * PAGE_SIZE, PAGE_SIZE):
