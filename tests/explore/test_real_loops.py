@@ -30,8 +30,8 @@ class AnyNext(deque[Any]):
 
 def on_asyncio(program: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     def random_loop() -> asyncio.AbstractEventLoop:
-        loop: Any = asyncio.SelectorEventLoop()
-        loop._ready = AnyNext(loop._ready)
+        loop = asyncio.SelectorEventLoop()
+        vars(loop)["_ready"] = AnyNext(vars(loop)["_ready"])
         return loop
 
     return anyio.run(program, backend_options={"loop_factory": random_loop})
@@ -50,10 +50,11 @@ class OneOfThem(deque[Any]):
 
 
 def on_trio(program: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    trio = pytest.importorskip("trio")
+    pytest.importorskip("trio")
     from trio._core._run import GLOBAL_RUN_CONTEXT
+    from trio.abc import Instrument
 
-    class RandomScheduler(trio.abc.Instrument):  # type: ignore[misc]
+    class RandomScheduler(Instrument):
         def before_run(self) -> None:
             runner: Any = GLOBAL_RUN_CONTEXT.runner
             runner.runq = OneOfThem(list(runner.runq))
@@ -153,7 +154,6 @@ async def failing_sibling() -> Any:
 async def stream() -> Any:
     """Two senders, one receiver, one place."""
     send, receive = anyio.create_memory_object_stream[str](1)
-    got: list[str] = []
 
     async def sender(end: Any, items: str) -> None:
         with end:
@@ -165,8 +165,7 @@ async def stream() -> Any:
         tg.start_soon(sender, send.clone(), "x")
         send.close()
         with receive:
-            async for item in receive:
-                got.append(item)
+            got = [item async for item in receive]
     return "".join(got)
 
 
