@@ -243,7 +243,7 @@ class Calls:
                 files[vma.file] = None
                 index = (address >> PAGE_SHIFT) - vma.first + vma.pgoff
                 await vma.mm.access(address)
-                await self._machine.pwrite(vma.file, index << PAGE_SHIFT, b"\0")
+                await vma.file.pwrite(index << PAGE_SHIFT, b"\0")
                 self.inferred += 1
         for file in files:
             await self._machine.fsync(file)
