@@ -10,7 +10,7 @@ import anyio
 from anyio import EventStatistics
 
 from .scopes import is_cancelled
-from .traps import DOOMED, PAUSED, running
+from .traps import DOOMED, pause, running
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -97,15 +97,14 @@ class Event(anyio.Event):
         """Whether it is set."""
         return self._is_set
 
-    @coroutine
-    def wait(self) -> Generator[int]:
+    async def wait(self) -> None:
         """Wait until it is set; only a checkpoint when it is."""
         if self._is_set:
-            yield PAUSED
+            await pause()
             return
         if self._waiters is None:
             self._waiters = deque()
-        yield from wait_in(self._waiters, self)
+        await wait_in(self._waiters, self)
 
     def statistics(self) -> EventStatistics:
         """How many tasks wait."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _scope: Final = CancelScope.__new__  # Spares the call of the type.
 
 
+_NOT_ACTIVE: Final = "This task group is not active; no new tasks can be started."
+
+
 class TaskGroup(AbstractTaskGroup):
     """`anyio.abc.TaskGroup` in an explored run."""
 
@@ -122,10 +125,10 @@ class TaskGroup(AbstractTaskGroup):
         return_handle: bool = False,
     ) -> Any:
         """Run `func(*args, task_status=...)` as a task, and wait until it says it has started."""
+        if self.cancel_scope.host is None:
+            raise RuntimeError(_NOT_ACTIVE)
         start = _Start(self, running.execution.current)
         coro = _native(func, func(*args, task_status=start))
-        if self.cancel_scope.host is None:
-            self._refuse(coro)
         self._children += 1
         start.task = task = Task(coro, func if name is None else str(name), start)
         if start.pending:
@@ -136,7 +139,7 @@ class TaskGroup(AbstractTaskGroup):
 
     def _refuse(self, coro: Coroutine[Any, Any, Any]) -> NoReturn:
         coro.close()
-        raise RuntimeError("This task group is not active; no new tasks can be started.")
+        raise RuntimeError(_NOT_ACTIVE)
 
     def finished(self, task: Task, result: Any, error: BaseException | None) -> None:
         """A task of it has ended."""

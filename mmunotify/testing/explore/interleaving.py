@@ -24,6 +24,7 @@ _WIDTH: Final = 100
 _NARROWEST: Final = 32
 _OVERLAP: Final = 8
 _LINES_PER_STEP: Final = 12
+_LAST_LINES: Final = 2
 _STEPS: Final = 80
 """Of a longer execution the last ones are shown."""
 
@@ -35,12 +36,13 @@ class _Step:
     task: str
     before: list[str]
     """What was chosen before it, other than whom to run."""
-    lines: list[str] = attrs.Factory(list)
+    lines: list[tuple[int, str]] = attrs.Factory(list)
+    """How many calls deep, and what."""
     times: int = 1
 
-    def add(self, line: str) -> None:
-        if not self.lines or self.lines[-1] != line:
-            self.lines.append(line)
+    def add(self, depth: int, line: str) -> None:
+        if not self.lines or self.lines[-1] != (depth, line):
+            self.lines.append((depth, line))
 
 
 class Recorder:
@@ -59,7 +61,7 @@ class Recorder:
     def chosen(self, what: str, index: int, width: int) -> None:
         """Note a choice, if it is another than whom to run."""
         if self._in_step:
-            self._steps[-1].add(f"* {what}")
+            self._steps[-1].add(0, f"* {what}")
         elif not what.startswith("run "):
             self._chosen.append(f"* {what}")
 
@@ -89,11 +91,12 @@ class Recorder:
         if is_ours(code.co_filename):
             return None
         if event == "line":
-            self._steps[-1].add(_source(code, frame.f_lineno))
+            self._steps[-1].add(_depth(frame), _source(code, frame.f_lineno))
         elif event == "exception" and arg[1] is not self._raised:
             self._raised = arg[1]
             if not isinstance(arg[1], _SILENT):
-                self._steps[-1].add(f"! {arg[0].__name__}: {arg[1]}".rstrip(": "))
+                message = f"! {arg[0].__name__}: {arg[1]}".partition("\n")[0]
+                self._steps[-1].add(0, message.rstrip(": "))
         return self._trace
 
     def picture(self) -> str:
@@ -102,7 +105,7 @@ class Recorder:
         names = list(dict.fromkeys(step.task for step in steps))
         column = max(_NARROWEST, (_WIDTH - 6) // max(1, len(names)))
         stride = column if column * len(names) <= _WIDTH else _OVERLAP
-        at = {name: place * stride for place, name in enumerate(names)}
+        at = {name: number * stride for number, name in enumerate(names)}
         if stride == column:
             head = "".join(name[: column - 2].ljust(column) for name in names)
         else:
@@ -134,14 +137,30 @@ def _merged(steps: Iterable[_Step]) -> list[_Step]:
     return merged
 
 
-def _cut(lines: list[str]) -> Iterator[str]:
-    if len(lines) <= _LINES_PER_STEP:
-        yield from lines
-        return
-    half = _LINES_PER_STEP // 2
-    yield from lines[:half]
-    yield f"... {len(lines) - 2 * half} lines"
-    yield from lines[-half:]
+def _cut(lines: list[tuple[int, str]]) -> Iterator[str]:
+    """The outermost lines, as many as there is room for, and the last ones, where it suspended."""
+    kept = set(range(max(0, len(lines) - _LAST_LINES), len(lines)))
+    for depth in sorted({depth for depth, _ in lines}):
+        level = {number for number, line in enumerate(lines) if line[0] == depth}
+        if len(kept | level) > _LINES_PER_STEP:
+            break
+        kept |= level
+    left_out = False
+    for number, (_, line) in enumerate(lines):
+        if number in kept:
+            if left_out:
+                yield "..."
+            yield line
+        left_out = number not in kept
+
+
+def _depth(frame: FrameType) -> int:
+    depth = 0
+    back = frame.f_back
+    while back is not None:
+        depth += not is_ours(back.f_code.co_filename)
+        back = back.f_back
+    return depth
 
 
 def _source(code: CodeType, number: int) -> str:
