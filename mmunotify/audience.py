@@ -109,6 +109,7 @@ class Audience:
         "nonblock_ends",
         "open",
         "page_calls",
+        "quarantined",
         "start_calls",
         "starts",
         "subscriptions",
@@ -120,9 +121,14 @@ class Audience:
     )
 
     def __init__(
-        self, subscriptions: Iterable[Subscription[AnyDriver]], watchers: Iterable[Watcher] = ()
+        self,
+        subscriptions: Iterable[Subscription[AnyDriver]],
+        quarantined: Iterable[Subscription[AnyDriver]] = (),
+        watchers: Iterable[Watcher] = (),
     ) -> None:
         self.subscriptions = tuple(subscriptions)
+        self.quarantined = tuple(quarantined)
+        """Who had failed before, and is told nothing, but may still hold translations."""
         self.open = 0
         """Sections (and ageing walks) that have begun with this audience and not ended."""
         self.distrusted: frozenset[Subscription[AnyDriver]] = frozenset()
@@ -179,8 +185,8 @@ class Audience:
 
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
-        """Who of this audience failed, as a whole or in part: it may hold stale translations."""
-        return tuple(
+        """Who has failed, as a whole or in part: it may hold stale translations."""
+        return self.quarantined + tuple(
             sub for sub in self.subscriptions if sub.failure is not None or sub in self.distrusted
         )
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 Failed: TypeAlias = tuple[Subscription[AnyDriver], ...]
-"""Who was quarantined since a section began: leak its pages instead of reusing them."""
+"""Who failed before the section was over: leak its pages instead of reusing them."""
 
 
 class Dispatch:
@@ -137,7 +137,7 @@ class Dispatch:
 
         Not cancelled half-way: a native asyncio cancellation interrupts the one callback that it
         lands in, whose driver is quarantined, and is raised when the others have been told. Returns
-        who failed since the start: leak the pages of the section instead of reusing them.
+        who is quarantined by then: leak the pages of the section instead of reusing them.
         """
         if not told.suspends:
             return self.invalidate_range_end_atomic(rng, told)
@@ -192,15 +192,21 @@ class Dispatch:
         return told
 
     def invalidate_range_end_atomic(self, rng: Range, told: Audience) -> Failed:
-        """`invalidate_range_end` in one step, legal under spinlocks."""
+        """`invalidate_range_end` in one step, legal under spinlocks.
+
+        Raises ScheduleWhileAtomic if somebody was told the start who can only be told the end by a
+        coroutine; it is not told then.
+        """
         for end in told.ends:
             try:
                 end(rng)
             except BaseException as exc:
+                if told.suspends:
+                    raise
                 return self._end_raised(told, told.call_of[end], rng, exc)
         told.open -= 1
         if told is self._audience:
-            return ()
+            return told.quarantined
         self._drain(told)
         return told.failed
 
@@ -383,13 +389,17 @@ class Dispatch:
         watchers: list[Watcher] = [] if self._tracer is None else [self._tracer]
         if lockdep.enabled:
             watchers.append(self._guard)
-        return Audience((sub for sub in self._subscriptions if sub.hashed), watchers)
+        return Audience(
+            (sub for sub in self._subscriptions if sub.hashed),
+            (sub for sub in self._subscriptions if not sub.hashed),
+            watchers,
+        )
 
     def _replace(self) -> None:
         """Publish the list as it is now; sections already open keep theirs, less who has left."""
         old = self._audience
         self._audience = self._listed()
-        self.armed = bool(self._audience.subscriptions) or self._tracer is not None
+        self.armed = bool(self._subscriptions) or self._tracer is not None
         self.plain = not (self._audience.suspends or self._audience.sync_calls)
         if old.open:
             self._draining.append(old)
@@ -424,7 +434,6 @@ class Dispatch:
     def _unhash(self, sub: Subscription[AnyDriver]) -> None:
         if sub in self._subscriptions:
             self._subscriptions.remove(sub)
-        if sub.hashed:
             sub.hashed = False
             self._replace()
 

@@ -10,8 +10,8 @@ at most sleeping locks held and can. A driver chooses by its base class:
 
 Every callback has a default; override what you need, and only that is called. One instance serves
 one address space. A callback must not raise: the operation cannot be undone, so it completes, the
-driver is quarantined (never called again but for `release`) and the pages of the section are leaked
-rather than reused.
+driver is quarantined: it is never called again but for `release`, and until it is unregistered the
+pages of sections are leaked rather than reused, since it may still map them.
 
 Locks are those of Linux: `mmap_lock` of the address space, rmap locks (i_mmap, anon_vma), folio
 locks. No callback may take any of them or wait for somebody who does, nor change the address space

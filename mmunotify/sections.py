@@ -23,7 +23,7 @@ class _Section:
 
     @property
     def failed(self) -> Failed:
-        """Who was quarantined since the entry, also when the exit raised. Leak the pages then."""
+        """Who is quarantined by now, also when the exit raised. Leak the pages then."""
         return self.told.failed if hasattr(self, "told") else ()
 
 
