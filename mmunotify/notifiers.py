@@ -352,16 +352,18 @@ class Notifiers(Dispatch, Generic[L]):
         self._enter()
         self.refuse_in_callback("register")
         self.might_wait_for_sections("register")
-        async with quiesce() if quiesce is not None else contextlib.nullcontext():
-            sub = self._publish(driver)
-            try:
+        sub: Subscription[AnyDriver] | None = None
+        try:
+            async with quiesce() if quiesce is not None else contextlib.nullcontext():
+                sub = self._publish(driver)
                 await self._sections_over()
-            except BaseException:
+        except BaseException:
+            if sub is not None:
                 # Sections that it was told of may be open: it leaves as any registered driver.
                 await self._retire(sub, math.inf)
                 self._free(sub)
-                raise
-            sub.settled = True
+            raise
+        sub.settled = True
         self._log.emit(log.DRIVER_REGISTERED, driver=sub.name)
         return sub
 
@@ -379,20 +381,23 @@ class Notifiers(Dispatch, Generic[L]):
             sub.users += 1
             return sub
         self.might_wait_for_sections("get")
-        async with quiesce() if quiesce is not None else contextlib.nullcontext():
-            self._refuse_after_exit(driver_type)
-            sub = self._shared.get(driver_type)
-            if sub is None:
-                sub = self._shared[driver_type] = self._publish((factory or driver_type)())
-                self._log.emit(log.DRIVER_REGISTERED, driver=sub.name)
-            sub.users += 1
-            try:
+        taken: Subscription[AnyDriver] | None = None
+        try:
+            async with quiesce() if quiesce is not None else contextlib.nullcontext():
+                self._refuse_after_exit(driver_type)
+                sub = self._shared.get(driver_type)
+                if sub is None:
+                    sub = self._shared[driver_type] = self._publish((factory or driver_type)())
+                    self._log.emit(log.DRIVER_REGISTERED, driver=sub.name)
+                sub.users += 1
+                taken = sub
                 await self._sections_over()
-            except BaseException:
-                self.put(sub)
-                raise
-            sub.settled = True
-        return sub
+        except BaseException:
+            if taken is not None:
+                self.put(taken)
+            raise
+        taken.settled = True
+        return taken
 
     def _publish(self, driver: AnyDriver) -> Subscription[AnyDriver]:
         """Check a driver, attach it and put it on the list; in one step, or not at all."""
@@ -477,9 +482,11 @@ class Notifiers(Dispatch, Generic[L]):
         except BaseException as exc:
             if isinstance(exc, Exception) or not sub.driver.passes_on:
                 self._failed(sub, "release", exc, None)
+            if isinstance(exc, Exception):
+                return None
             if scope.cancel_called:
                 raise
-            return None if isinstance(exc, Exception) else exc
+            return exc
         finally:
             self.srcu.read_unlock(index)
             sub.release_done = True
