@@ -60,7 +60,7 @@ DRIVER_FAILED: Final = define_event(
     "driver_failed",
     "error",
     "mm driver module distribution callback error start end exc_info",
-    "A callback raised: the driver (or the one interval) is quarantined and pages are leaked.",
+    "A callback raised: the driver (or one interval) is quarantined; pages leak until it leaves.",
 )
 WAITING_FOR_CALLBACKS: Final = define_event(
     "waiting_for_callbacks",
@@ -142,10 +142,16 @@ class Log:
         )
 
     def emit(self, event: str, **keys: object) -> None:
-        """Write one event of the catalogue at its level."""
+        """Write one event of the catalogue at its level; what a logger raises goes to stderr."""
         level = CATALOGUE[event].level
         if self._given or self._configured() or _LEVELS[level] >= _LEVELS["warning"]:
-            getattr(self._logger, level)(event, seq=sequence(), ts_ns=time.monotonic_ns(), **keys)
+            write = getattr(self._logger, level)
+            try:
+                write(event, seq=sequence(), ts_ns=time.monotonic_ns(), **keys)
+            except Exception:  # the application's; it must not leave a section half told
+                import traceback
+
+                traceback.print_exc()
 
 
 class Record(NamedTuple):
