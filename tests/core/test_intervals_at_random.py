@@ -99,8 +99,8 @@ async def drive(device: Device, others: list[Device], steps: int) -> int:
                 await anyio.lowlevel.checkpoint()
             for other in others:
                 other.use()
+        device.entries.clear()  # nobody tells it of what happens once it is out of the tree
         await device.remove()
-        device.entries.clear()
     return faults
 
 
@@ -154,7 +154,7 @@ async def run(seed: int, kinds: tuple[type[Device], ...], steps: int) -> int:
     "kinds", [(Atomic, Atomic), (Sleepable, Sleepable), (Sleepable, Atomic, Sleepable)]
 )
 async def test_no_translation_outlives_its_page(seed: int, kinds: tuple[type[Device], ...]) -> None:
-    assert await run(seed, kinds, steps=12) > 30
+    assert await run(seed, kinds, steps=12) > 10
 
 
 async def test_a_number_that_is_read_after_the_lookup_guards_nothing(
