@@ -6,6 +6,7 @@ from typing import Any
 
 import anyio
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 import mmunotify as mn
@@ -124,7 +125,9 @@ async def test_a_deferred_driver_that_fails(callback: str) -> None:
     assert section.failed == (sub,)
     assert told.count("bad sync") == (callback == "sync")
     assert "old end" in told
-    assert await notifiers.invalidate(page()) == ()
+    told.clear()
+    await notifiers.invalidate(page())
+    assert told == ["new start", "old start", "new end", "old end"]
 
 
 @pytest.mark.parametrize("form", ["invalidate", "invalidate_page"])
@@ -145,6 +148,7 @@ async def test_the_atomic_forms_name_who_failed_in_the_audience_that_they_return
         notifiers = mn.Notifiers(mn.SpinLocks)
         first = await notifiers.register(Atomic("bad", None, **{callback: explode}))
         assert notifiers.invalidate_atomic(page()).failed == (first,)
+        await notifiers.unregister(first)
         second = await notifiers.register(Atomic("bad", None, **{callback: explode}))
         assert notifiers.invalidate_page_atomic(0x1000).failed == (second,)
 
@@ -415,7 +419,71 @@ async def test_a_quarantined_driver_does_not_make_sections_atomic_or_suspend() -
     await notifiers.invalidate(page())
     with notifiers.invalidating_atomic(page()):
         pass
-    assert not notifiers.armed
+
+
+@pytest.mark.parametrize("form", ["section", "bare pair", "atomic", "nonblock", "invalidate"])
+async def test_until_it_leaves_every_section_names_who_failed_before(form: str) -> None:
+    """It is told nothing any more, so it may still map the pages of any section (I-FREE)."""
+    notifiers = mn.Notifiers()
+    sub = await notifiers.register(Atomic("bad", start=explode))
+    await notifiers.register(Atomic("good"))
+    await notifiers.invalidate(page(1))
+
+    async def failed() -> object:
+        rng = page(7)
+        match form:
+            case "section":
+                async with notifiers.invalidating(rng) as section:
+                    pass
+                return section.failed
+            case "bare pair":
+                told = await notifiers.invalidate_range_start(rng)
+                return await notifiers.invalidate_range_end(rng, told)
+            case "atomic":
+                with notifiers.invalidating_atomic(rng) as atomic:
+                    pass
+                return atomic.failed
+            case "nonblock":
+                with notifiers.invalidating_nonblock(rng) as nonblock:
+                    pass
+                return nonblock.failed
+            case _:
+                return await notifiers.invalidate(rng)
+
+    assert await failed() == (sub,)
+    await notifiers.unregister(sub)
+    assert await failed() == ()
+
+
+async def test_call_sites_that_test_for_somebody_see_who_failed() -> None:
+    """A section that is skipped would not be told to leak its pages."""
+    notifiers = mn.Notifiers()
+    sub = await notifiers.register(Atomic("bad", start=explode))
+    await notifiers.invalidate(page())
+    seen = [notifiers.armed]
+    await notifiers.unregister(sub)
+    seen.append(notifiers.armed)
+    assert seen == [True, False]
+
+
+async def test_a_logger_that_raises_does_not_leave_a_section_half_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A serializer that does not know exceptions is a likely one, just when a driver fails."""
+
+    def serialize(logger: object, method: str, line: object) -> str:
+        raise TypeError("not serializable")
+
+    told: list[str] = []
+    logger = structlog.wrap_logger(None, processors=[serialize])
+    notifiers = mn.Notifiers(logger=logger)
+    await notifiers.register(Sleepable("old", told))
+    sub = await notifiers.register(Atomic("bad", told, end=explode))
+    async with notifiers.invalidating(page()) as section:
+        pass
+    assert section.failed == (sub,)
+    assert told == ["bad start", "old start", "bad end", "old end"]
+    assert "not serializable" in capsys.readouterr().err
 
 
 async def test_two_that_fail_in_one_section_are_both_named() -> None:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 import mmunotify as mn
@@ -349,6 +350,54 @@ async def test_register_is_inside_quiesce_from_attach_until_the_sections_are_ove
     await notifiers.register_locked(Learner("c"))
     await notifiers.get_locked(Learner)
     assert seen[6:] == ["attach"]
+
+
+@pytest.mark.parametrize("how", ["register", "get"])
+async def test_cancelled_on_the_way_out_of_quiesce_it_leaves_nothing_either(how: str) -> None:
+    """And its release runs when the locks of the registration are dropped: it may need them."""
+    told: list[str] = []
+
+    @asynccontextmanager
+    async def quiesce() -> AsyncIterator[None]:
+        try:
+            yield
+            await settle()
+        finally:
+            told.append("over")
+
+    notifiers = mn.Notifiers(quiesce=quiesce)
+    async with anyio.create_task_group() as tasks:
+        if how == "register":
+            tasks.start_soon(notifiers.register, Sleepable("s", told))
+        else:
+            tasks.start_soon(notifiers.get, Sleepable, lambda: Sleepable("s", told))
+        for _ in range(3):
+            await anyio.lowlevel.checkpoint()
+        present = notifiers.statistics().subscriptions
+        tasks.cancel_scope.cancel()
+    assert present == 1
+    assert told == ["over", *(["s release"] if how == "register" else []), "s free"]
+    assert notifiers.statistics().subscriptions == 0
+
+
+async def test_cancelled_while_it_waits_it_releases_without_the_locks() -> None:
+    owner = Owner()
+    notifiers = owner.notifiers
+
+    async def needs_the_lock() -> None:
+        async with owner.mmap_lock.writing():
+            pass
+
+    driver = Sleepable("s", release=needs_the_lock)
+    section = notifiers.invalidating(page())  # one that quiesce has missed
+    await section.__aenter__()
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(notifiers.register, driver)
+            await settle()
+            scope.cancel()
+    await section.__aexit__(None, None, None)
+    assert driver.told == ["s release", "s free"]
 
 
 async def test_what_register_refuses_it_refuses_after_leaving_quiesce() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import anyio
 import pytest
@@ -419,6 +420,25 @@ async def test_grace_is_how_long_a_callback_may_take(hangs: str) -> None:
     assert told.count("s release") == 1
     assert "s free" not in told
     assert notifiers.statistics() == IDLE
+
+
+async def test_a_release_that_fails_when_its_grace_is_over_is_quarantined_like_any(
+    lines: list[Any],
+) -> None:
+    """What it raises instead of the cancellation is its own failure, not unregister's."""
+    notifiers = mn.Notifiers()
+
+    async def clean_up() -> None:
+        try:
+            await anyio.Event().wait()
+        except BaseException:
+            raise OSError("device is gone") from None
+
+    driver = Sleepable("s", release=clean_up)
+    sub = await notifiers.register(driver)
+    await notifiers.unregister(sub, grace=0.0)
+    assert isinstance(sub.failure, OSError)
+    assert driver.told == ["s release", "s free"]
 
 
 async def test_grace_is_not_used_up_when_nobody_hangs() -> None:

@@ -205,6 +205,20 @@ async def test_no_section_is_needed_while_nobody_is_registered() -> None:
     assert seen == [False, True, False]
 
 
+async def test_what_began_with_coroutines_cannot_end_in_one_step() -> None:
+    """The wrong end is refused, and the section can still be ended the right way."""
+    notifiers, told = await with_all_three()
+    rng = page()
+    audience = await notifiers.invalidate_range_start(rng)
+    told.clear()
+    with pytest.raises(ScheduleWhileAtomic):
+        notifiers.invalidate_range_end_atomic(rng, audience)
+    assert told == []
+    await notifiers.invalidate_range_end(rng, audience)
+    assert told == ALL_ENDS
+    assert notifiers.statistics().open_sections == 0
+
+
 # ------------------------------------------------------------------ single pages
 
 
