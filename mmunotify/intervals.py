@@ -117,6 +117,7 @@ class IntervalNotifier:
     async def remove(self) -> None:
         """End the subscription: when this returns no callback runs or will run (I-REL).
 
+        Drop the translations before, and make none meanwhile: what is not told in time is stale.
         Waits for all open sections if one of them overlaps an interval of this colour, so the
         caller may hold no lock that a callback takes and have no section open. Is not cancelled
         half-way: a cancellation is raised when it is done. Raises NotRegistered, and
@@ -126,8 +127,8 @@ class IntervalNotifier:
         if subscription is None or self._busy:
             raise NotRegistered(f"remove of {self!r}: expected one that is inserted")
         tree = subscription.driver
-        lockdep.might_sleep(f"remove of {self!r}")
         tree.notifiers.refuse_in_callback(f"remove of {self!r}")
+        tree.notifiers.might_wait_for_sections(f"remove of {self!r}")
         self._busy = True
         try:
             await tree.remove(self)
@@ -150,8 +151,8 @@ class IntervalNotifier:
         tree = self._subscription.driver
         seq = self._seq
         if seq == tree.seq:
-            lockdep.might_sleep(f"read_begin of {self!r}")
             tree.notifiers.refuse_in_callback(f"read_begin of {self!r}")
+            tree.notifiers.might_wait_for_sections(f"read_begin of {self!r}")
             await tree.seq_changes()
         if self.failure is not None:
             raise NotRegistered(f"read_begin of {self!r}: expected one that works") from (

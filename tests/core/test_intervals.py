@@ -21,6 +21,7 @@ from mmunotify.errors import (
     BrokenInvalidate,
     CalledFromCallback,
     LockNotHeld,
+    LockRecursion,
     NotRegistered,
     RangeError,
     ScheduleWhileAtomic,
@@ -123,9 +124,15 @@ async def inserted(
 async def begin(
     notifiers: mn.Notifiers[Any], rng: mn.Range
 ) -> Callable[[], Awaitable[tuple[object, ...]]]:
-    """Open a section; what ends it, and gives who failed."""
-    told = await notifiers.invalidate_range_start(rng)
-    return lambda: notifiers.invalidate_range_end(rng, told)
+    """Open a section in another task; what ends it, and gives who failed."""
+    opened: list[mn.Audience] = []
+
+    async def start() -> None:
+        opened.append(await notifiers.invalidate_range_start(rng))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(start)
+    return lambda: notifiers.invalidate_range_end(rng, opened[0])
 
 
 def retry(interval: Recording, seq: int) -> bool:
@@ -578,6 +585,19 @@ async def test_lockdep_sees_who_waits_with_a_spinlock_held(colour: type[Recordin
             with interval.lock, pytest.raises(ScheduleWhileAtomic, match="user lock"):
                 await call()
         await end()
+
+
+async def test_lockdep_sees_who_would_wait_for_a_section_of_its_own(
+    colour: type[Recording],
+) -> None:
+    with lockdep.checking():
+        notifiers = mn.Notifiers()
+        interval = await inserted(notifiers, colour)
+        async with notifiers.invalidating(page(1)):
+            for call in (interval.read_begin, interval.remove):
+                with pytest.raises(LockRecursion):
+                    await call()
+        await interval.remove()
 
 
 # ------------------------------------------------------------------ deferred inserts and removes

@@ -99,7 +99,7 @@ async def drive(device: Device, others: list[Device], steps: int) -> int:
                 await anyio.lowlevel.checkpoint()
             for other in others:
                 other.use()
-        device.entries.clear()  # nobody tells it of what happens once it is out of the tree
+        device.entries.clear()  # first: a section that begins while remove waits is not told
         await device.remove()
     return faults
 
