@@ -130,7 +130,7 @@ class BrokenInvalidate(DriverError):
 
 
 class MmError(MmuNotifyError, OSError):
-    """What a system call of the model returns as -errno: `errno`, what was asked, what was found."""
+    """What a system call of the model returns as -errno: what was asked, what was found."""
 
     def __init__(self, number: int, what: str) -> None:
         super().__init__(number, what)
@@ -143,9 +143,7 @@ class BadAddress(MmuNotifyError, OSError):
     BUS: 2 beyond the end of the file), `address` the byte that was accessed.
     """
 
-    def __init__(
-        self, what: str, *, signal: str = "SEGV", code: int = 1, address: int = 0
-    ) -> None:
+    def __init__(self, what: str, *, signal: str = "SEGV", code: int = 1, address: int = 0) -> None:
         super().__init__(errno.EFAULT, what)
         self.signal = signal
         self.code = code

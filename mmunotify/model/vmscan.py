@@ -140,12 +140,13 @@ class Reclaim:
                     left |= f.SWP_EXCLUSIVE
                 if entry & f.PTE_DIRTY:
                     frames.word[frame] |= fr.PG_DIRTY
-            elif entry & f.PTE_DIRTY or word & fr.REF_MASK != 1 + (
-                (word & fr.MAP_MASK) >> fr.MAP_SHIFT
-            ):
+            elif entry & f.PTE_DIRTY or word & fr.PG_DIRTY:
                 # Written since MADV_FREE: it is put back, and is swap-backed again.
                 pte[page & 511] = entry
-                frames.word[frame] |= fr.PG_SWAPBACKED
+                frames.word[frame] |= fr.PG_SWAPBACKED | fr.PG_DIRTY
+                return False
+            elif word & fr.REF_MASK != 1 + ((word & fr.MAP_MASK) >> fr.MAP_SHIFT):
+                pte[page & 511] = entry
                 return False
         else:
             if entry & f.PTE_DIRTY:

@@ -17,7 +17,21 @@ NEVER_EXCUSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name.partition(".")[0])
+KNOWN_TO_DIFFER = {
+    "guest": "g15 maps hugetlb pages; g18: KVM's pages stay in a per-CPU LRU batch",
+    "guest_random": "q0050: LazyFree differs in when an LRU batch drains",
+    "hand": "h75 maps hugetlb pages",
+}
+
+
+def _known(path: Path) -> object:
+    name = path.name.partition(".")[0]
+    reason = KNOWN_TO_DIFFER.get(name)
+    marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=True),)
+    return pytest.param(path, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("path", map(_known, RECORDINGS))
 def test_recording_agrees(path: Path) -> None:
     report = Report(path)
 
