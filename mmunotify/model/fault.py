@@ -129,8 +129,8 @@ def _huge_nowait(mm: AddressSpace[Any], page: int, flags: int) -> int:
 def can_reuse(mm: AddressSpace[Any], frame: int) -> bool:
     """Whether the only mapping of an anonymous page may write to it without a copy.
 
-    Decided by the refcount: whoever else holds a reference (swap cache, a pin, another process)
-    makes it a copy. Source: wp_can_reuse_anon_folio.
+    Decided by the refcount: whoever else holds a reference (swap cache, a pin, another process, a
+    batch on its way to an LRU list) makes it a copy. Source: wp_can_reuse_anon_folio.
     """
     words = mm.machine.frames.word
     word = words[frame]
@@ -138,6 +138,8 @@ def can_reuse(mm: AddressSpace[Any], frame: int) -> bool:
         return False
     if word & fr.PG_EXCLUSIVE:
         return True
+    if mm.machine.lru.is_pending(frame):
+        return False
     if word & (fr.PG_KSM | fr.PG_HUGE):
         return bool(word & fr.PG_HUGE and word & fr.COUNTS_MASK == fr.MAPPED_ONCE) and (
             _reuse_huge(mm, frame)

@@ -33,7 +33,6 @@ async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:
     """
     mm.require_alive()
     await mm.machine.cond_resched()
-    mm.machine.lru.drain()
     child: AddressSpace[Any] = mm.machine.new_mm(name)
     child.brk_start, child.brk_end = mm.brk_start, mm.brk_end
     pages = 0

@@ -56,7 +56,8 @@ class Lru:
         self._positions: Final[npt.NDArray[np.uint32]] = np.zeros(frames.count, np.uint32)
         self._position: Final[Any] = self._positions.data
         self._logs: Final = [_Log(1024) for _ in range(4)]
-        self._lazy: Final[list[tuple[int, int]]] = []
+        # What was put off until `drain`: frames with their generation.
+        self._lazy: Final[dict[int, int]] = {}
 
     def append(self, frame: int, which: int = INACTIVE_ANON) -> None:
         """A page whose flags name this list already goes to its young end."""
@@ -108,15 +109,21 @@ class Lru:
         )
         words &= np.uint64(fr.GEN_MASK)
         for frame, generation in zip(frames[able].tolist(), words[able].tolist(), strict=True):
-            self._lazy.append((frame, generation))
+            self._lazy[frame] = generation
             if len(self._lazy) == _BATCH:
                 self.drain()
+
+    def is_pending(self, frame: int) -> bool:
+        """Whether a batch that waits to be drained holds a reference of the page."""
+        if not self._lazy:
+            return False
+        return self._lazy.get(frame) == self._frames.word[frame] & fr.GEN_MASK
 
     def drain(self) -> None:
         """Do what was put off to be done in batches (lru_add_drain)."""
         lazy = [
             frame
-            for frame, generation in self._lazy
+            for frame, generation in self._lazy.items()
             if self._frames.word[frame] & fr.GEN_MASK == generation
         ]
         self._lazy.clear()
