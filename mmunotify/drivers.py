@@ -230,6 +230,11 @@ def kind_of(driver_class: type[Driver]) -> type[AnyDriver]:
 
 def check_driver(driver: AnyDriver) -> None:
     """Raise DriverError like `check_driver_class`, also for callbacks set on the instance."""
+    if not isinstance(driver, KINDS):
+        raise WrongColour(
+            f"{driver!r} is no driver: expected an instance of a class that derives from "
+            "AtomicDriver, SleepableDriver or DeferredDriver"
+        )
     check_driver_class(type(driver))
     kind = kind_of(type(driver))
     for name in CALLBACKS[kind] & vars(driver).keys():
@@ -275,7 +280,7 @@ def _check_colour(
         raise WrongColour(
             f"{driver_class.__qualname__}.{name}: expected "
             f"{'a coroutine function (async def)' if due else 'a plain function (def)'}, "
-            f"because {driver_class.__qualname__} is a {kind.__name__}"
+            f"because {driver_class.__qualname__} derives from {kind.__name__}"
         )
 
 

@@ -21,6 +21,11 @@ class _Section:
         self._dispatch = dispatch
         self.rng = rng
 
+    def __repr__(self) -> str:
+        name = f"{type(self).__name__} at {self._dispatch.name} over {self.rng!r}"
+        failed = ", ".join(sub.name for sub in self.failed)
+        return f"<{name}{': failed ' if failed else ''}{failed}>"
+
     @property
     def failed(self) -> Failed:
         """Who is quarantined by now, also when the exit raised. Leak the pages then."""

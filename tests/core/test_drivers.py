@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +104,12 @@ def test_a_driver_derives_from_one_of_the_three_kinds() -> None:
         make(Driver)
     with pytest.raises(WrongColour, match=r"from AtomicDriver and DeferredDriver: expected exactl"):
         check_driver_class(type("Both", (mn.AtomicDriver, mn.DeferredDriver), {}))
+
+
+@pytest.mark.parametrize("thing", [object(), mn.AtomicDriver], ids=["object", "class"])
+async def test_what_is_no_instance_of_a_driver_class_is_named(thing: Any) -> None:
+    with pytest.raises(WrongColour, match=re.escape(f"{thing!r} is no driver: expected an inst")):
+        await mn.Notifiers().register(thing)
 
 
 def test_a_mixin_that_is_no_driver_is_welcome() -> None:

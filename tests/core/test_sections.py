@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
+from structlog.testing import capture_logs
 
 import mmunotify as mn
 from mmunotify.errors import ScheduleWhileAtomic
@@ -415,3 +416,19 @@ async def test_an_interval_that_is_interrupted_there_is_counted_off_once() -> No
         notifiers.invalidate_atomic(rng)
     assert interval.statistics().active_invalidate_ranges == 0
     assert rng.cancellable
+
+
+async def test_a_section_says_where_it_is_and_who_failed() -> None:
+    def explode() -> None:
+        raise OSError
+
+    notifiers = mn.Notifiers(name="mm[3]")
+    await notifiers.register(Atomic("a", start=explode))
+    section = notifiers.invalidating(page())
+    where = f"Section at mm[3] over {page()!r}"
+    assert repr(section) == f"<{where}>"
+    with capture_logs():
+        async with section:
+            pass
+    assert repr(section) == f"<{where}: failed Atomic>"
+    assert repr(notifiers.invalidating_atomic(page())) == f"<Atomic{where}>"
