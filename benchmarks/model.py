@@ -7,6 +7,7 @@ leaf after another, refilled before each run; that of single pages is a call.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ SPARSE = 126 << 40
 LEAVES = 1024
 ROUNDS = 15
 CALLS = 1000
-STORM = Path(__file__).parent.parent / "examples" / "swap_storm.py"
+ROOT = Path(__file__).parent.parent
 
 
 class Atomic(mn.AtomicDriver):
@@ -332,7 +333,12 @@ async def _brk_loop(machine: Machine[Any]) -> None:
 def storm() -> list[Row]:
     """A guest of 2 GiB in swap beside a process that allocates 2 GiB, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, str(STORM), "--full"], text=True, capture_output=True, check=True
+        [sys.executable, "-m", "benchmarks._storm"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "examples")},
+        text=True,
+        stdout=subprocess.PIPE,
+        check=True,
     )
     found = json.loads(done.stdout)
     return [
