@@ -102,12 +102,12 @@ async def populate(
     signals EFAULT. Otherwise holes and lock-on-fault mappings are skipped, and errors too with
     `ignore_errors`. Source: __mm_populate, madvise_populate.
     """
-    mm.machine.lru.drain()
     at = first
     while at < last:
         async with mm.mmap_lock.reading():
             vmas = vmas_in(mm, at, last)
             if madvise and (not vmas or vmas[0].first > at):
+                mm.machine.lru.drain()
                 raise MmError(
                     errno.ENOMEM, f"populate in {mm.name}: nothing at {at << PAGE_SHIFT:#x}"
                 )
@@ -142,12 +142,15 @@ async def populate_vma(
             return
         write = vma.flags & (f.VM_WRITE | f.VM_SHARED) == f.VM_WRITE
         force = bool(vma.flags & f.VM_ACCESS_FLAGS)
-    if not _permits(vma, write=bool(write), force=force):
-        number = errno.EINVAL if madvise else errno.EFAULT
-        raise MmError(number, f"populate: {vma!r} does not permit it")
-    for page in range(first, last):
-        entry = await faultin_page(mm, vma, page, write=bool(write), force=force)
-        _touched(mm, page, entry, bool(write))
+    try:
+        if not _permits(vma, write=bool(write), force=force):
+            number = errno.EINVAL if madvise else errno.EFAULT
+            raise MmError(number, f"populate: {vma!r} does not permit it")
+        for page in range(first, last):
+            entry = await faultin_page(mm, vma, page, write=bool(write), force=force)
+            _touched(mm, page, entry, bool(write))
+    finally:
+        mm.machine.lru.drain()
 
 
 def _touched(mm: AddressSpace[Any], page: int, entry: int, write: bool) -> None:
