@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     Scenario = Callable[[], Coroutine[Any, Any, Any]]
 
+pytestmark = pytest.mark.long  # whole trees of schedules take minutes
+
 
 SILENT = structlog.wrap_logger(
     structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
