@@ -260,7 +260,10 @@ class File:
                     self._write_page(index)
 
     async def _mkclean(self, index: int) -> None:
-        """Write-protect a page in every shared mapping of it; one announcement each."""
+        """Write-protect a mapped page in every shared mapping of the file; one announcement each.
+
+        Also in those that do not map it: Linux looks only after it has announced.
+        """
         frame = self.pages[index]
         if not self.machine.frames.word[frame] & fr.MAP_MASK:
             return
@@ -270,11 +273,9 @@ class File:
                     continue
                 page = page_of(vma, index)
                 mm = vma.mm
-                if not mm.maps(page, frame):
-                    continue
                 async with mm.section(page, page + 1, Event.PROTECTION_PAGE, locked=True):
                     entry = mm.pt.get(page)
-                    if entry & f.PTE_PRESENT and entry & (f.PTE_DIRTY | f.PTE_RW):
+                    if mm.maps(page, frame) and entry & (f.PTE_DIRTY | f.PTE_RW):
                         mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
                         mm.flush_tlb(page, page + 1)
         await self.machine.settle()
