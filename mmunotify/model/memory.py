@@ -261,6 +261,8 @@ def copy_page_range(
     and there is no memory for it. Source: copy_page_range.
     """
     cow = source.cow
+    for gib in parent.pt.gibs(source.first, source.last):
+        child.pt.pmd_alloc(gib)
     for page, entries in parent.pt.runs(source.first, source.last):
         at = np.flatnonzero(entries)
         if not len(at):
