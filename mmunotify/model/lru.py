@@ -117,7 +117,7 @@ class Lru:
         """Whether a batch that waits to be drained holds a reference of the page."""
         if not self._lazy:
             return False
-        return self._lazy.get(frame) == self._frames.word[frame] & fr.GEN_MASK
+        return bool(self._lazy.get(frame) == self._frames.word[frame] & fr.GEN_MASK)
 
     def drain(self) -> None:
         """Do what was put off to be done in batches (lru_add_drain)."""
