@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
 
 
-def faultin_nowait(mm: AddressSpace[Any], page: int, *, write: bool) -> bool:
-    """`faultin_page` in one step under the per-VMA lock; False if it takes more than that."""
+def faultin_nowait(mm: AddressSpace[Any], page: int, *, write: bool) -> int:
+    """`faultin_page` in one step under the per-VMA lock; 0 if it takes more than that."""
     vma = find_vma(mm, page)
     needed = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
     if vma is None or not vma.flags & needed or vma.lock_seq == mm.lock_seq:
-        return False
-    entry = mm.pt.get(page)
+        return 0
     wanted = _READABLE | f.PTE_RW if write else _READABLE
-    if entry & wanted == wanted:
-        return True
-    result = fault_nowait(mm, vma, page, f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0))
-    if result == RETRY:
-        return False
-    account(mm, result)
-    return mm.pt.get(page) & wanted == wanted
+    entry = mm.pt.get(page)
+    if entry & wanted != wanted:
+        result = fault_nowait(mm, vma, page, f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0))
+        if result == RETRY:
+            return 0
+        account(mm, result)
+        entry = mm.pt.get(page)
+    return entry if entry & wanted == wanted else 0
 
 
 async def faultin_page(

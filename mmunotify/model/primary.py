@@ -15,7 +15,7 @@ import numpy as np
 
 from mmunotify.errors import BadAddress, MmError, StaleTranslation
 from mmunotify.primary import Region, Translation, Translations
-from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, PMD_SIZE
 
 from . import flags as f
 from . import frames as fr
@@ -45,20 +45,20 @@ class ModelPrimary:
 
     def translate(self, address: int) -> Translation | None:
         """The leaf that maps `address`, or None. Never suspends, never faults."""
+        entry = self.mm.pt.get(address >> PAGE_SHIFT)
+        return self._translation(address, entry) if entry & _READABLE == _READABLE else None
+
+    def _translation(self, address: int, entry: int) -> Translation:
         mm = self.mm
-        page = address >> PAGE_SHIFT
-        entry = mm.pt.get(page)
-        if entry & _READABLE != _READABLE:
-            return None
         size = PAGE_SIZE
-        if page >> 9 in mm.pt.huge:
+        if mm.pt.huge and address >> PMD_SHIFT in mm.pt.huge:
             size = PMD_SIZE
-            entry = mm.pt.huge[page >> 9]
+            entry = mm.pt.huge[address >> PMD_SHIFT]
         frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
         return Translation(
-            address & ~(size - 1),
+            address & -size,
             frame,
-            bool(entry & f.PTE_RW),
+            entry & f.PTE_RW != 0,
             size,
             mm.machine.frames.word[frame] >> fr.GEN_SHIFT,
         )
@@ -98,10 +98,9 @@ class ModelPrimary:
         """Make `address` present, as the process's own access would; may suspend and notify."""
         mm = self.mm
         page = address >> PAGE_SHIFT
-        if faultin_nowait(mm, page, write=write):
-            found = self.translate(address)
-            if found is not None:
-                return found
+        entry = faultin_nowait(mm, page, write=write)
+        if entry:
+            return self._translation(address, entry)
         async with mm.mmap_lock.reading():
             vma = find_vma(mm, page)
             allowed = vma is not None and vma.flags & (f.VM_WRITE if write else f.VM_ACCESS_FLAGS)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .vma import Vma
 
 _BATCH: Final = 32
+_MAX_BATCH: Final = 256
 _RETRY: Final = -1
 _KEPT: Final = fr.PG_UNEVICTABLE | fr.PG_MLOCKED
 _COMMON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_SWAPBACKED | fr.PG_LRU
@@ -441,21 +442,22 @@ class Reclaim:
         limit = 3 * sum(lru.size(which) for which in range(4)) + _BATCH
         while freed < wanted and scanned < limit:
             before = freed
+            batch = min(max(wanted - freed, _BATCH), _MAX_BATCH)
             for inactive in (lists.INACTIVE_FILE, lists.INACTIVE_ANON):
                 if lru.size(inactive) <= lru.size(inactive + 1):
-                    await self._shrink_active(inactive + 1)
-                freed += await self.shrink(lru.take(inactive, _BATCH), force=False)
+                    await self._shrink_active(inactive + 1, batch)
+                freed += await self.shrink(lru.take(inactive, batch), force=False)
                 if freed >= wanted:
                     break
-            scanned = 0 if freed > before else scanned + _BATCH
-            await self.machine.cond_resched(_BATCH)
+            scanned = 0 if freed > before else scanned + batch
+            await self.machine.cond_resched(batch)
         return freed
 
-    async def _shrink_active(self, which: int) -> None:
-        """Age the oldest active pages; executable file pages that were used stay."""
+    async def _shrink_active(self, which: int, batch: int) -> None:
+        """Age the `batch` oldest active pages; executable file pages that were used stay."""
         machine = self.machine
         words = machine.frames.word
-        for frame in machine.lru.take(which, _BATCH):
+        for frame in machine.lru.take(which, batch):
             count, flags = await self.referenced(frame)
             file = not words[frame] & fr.PG_SWAPBACKED
             if not (count and flags & f.VM_EXEC and file):
@@ -487,7 +489,7 @@ class Reclaim:
             total = 0
             for which in (lists.ACTIVE_FILE, lists.ACTIVE_ANON):
                 for _ in range(lru.size(which) // _BATCH + 1):
-                    await self._shrink_active(which)
+                    await self._shrink_active(which, _BATCH)
             for which in (lists.INACTIVE_FILE, lists.INACTIVE_ANON):
                 isolated = lru.take(which, lru.size(which))
                 total += len(isolated)
