@@ -31,7 +31,7 @@ def _known(path: Path) -> object:
     return pytest.param(path, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("path", map(_known, RECORDINGS))
+@pytest.mark.parametrize("path", [*map(_known, RECORDINGS)])
 def test_recording_agrees(path: Path) -> None:
     report = Report(path)
 
