@@ -12,7 +12,7 @@ from time import process_time_ns
 
 import anyio
 
-from swap_storm import FULL, Storm, swap_storm
+from swap_storm import FULL, Storm, machine_for, swap_storm
 
 from ._bench import bare_calls
 
@@ -35,7 +35,8 @@ async def measure(pages: int, loops: int) -> dict[str, float]:
     began = process_time_ns()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(call_now_and_then)
-        done.append(await swap_storm(pages, loops))
+        async with machine_for(pages) as machine:
+            done.append(await swap_storm(machine, pages, loops))
     taken = process_time_ns() - began - taken_by_calls
     return {
         "calls_per_page": taken / done[0].touched / (taken_by_calls / calls),

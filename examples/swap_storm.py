@@ -100,26 +100,26 @@ class Storm:
     """How often reclaim asked for the accessed bit of one of the guest's pages."""
     unmapped: int
     """Translations that the guest lost."""
-    swapped: int
-    """Slots of swap in use when the loops were over."""
 
 
-async def swap_storm(pages: int, loops: int) -> Storm:
-    """Run guest and process, of `pages` pages each, on three quarters as many frames."""
-    async with Machine(frames=pages // 4 * 3, swap=2 * pages) as machine:
-        guest = machine.new_mm("guest")
-        shadow = ShadowPageTable(await guest.mmap(pages << 12), pages)
-        async with guest.attached(shadow):
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(run_guest, guest, shadow, loops)
-                tasks.start_soon(run_process, machine.new_mm("process"), pages, loops)
-            return Storm(
-                touched=2 * loops * pages,
-                faults=shadow.faults,
-                aged=shadow.aged,
-                unmapped=shadow.unmapped,
-                swapped=machine.swap.used,
-            )
+async def swap_storm(
+    machine: Machine[mn.RwSems],
+    pages: int,
+    loops: int,
+    shadow_type: type[ShadowPageTable] = ShadowPageTable,
+) -> Storm:
+    """Run a guest and a process, of `pages` pages each, on a machine that has fewer frames."""
+    guest = machine.new_mm("guest")
+    shadow = shadow_type(await guest.mmap(pages << 12), pages)
+    async with guest.attached(shadow), anyio.create_task_group() as tasks:
+        tasks.start_soon(run_guest, guest, shadow, loops)
+        tasks.start_soon(run_process, machine.new_mm("process"), pages, loops)
+    return Storm(2 * loops * pages, shadow.faults, shadow.aged, shadow.unmapped)
+
+
+def machine_for(pages: int) -> Machine[mn.RwSems]:
+    """Three quarters as many frames as the guest has pages, and swap for both."""
+    return Machine(frames=pages // 4 * 3, swap=2 * pages)
 
 
 async def run_guest(mm: AddressSpace[mn.RwSems], shadow: ShadowPageTable, loops: int) -> None:
@@ -141,12 +141,13 @@ async def run_process(mm: AddressSpace[mn.RwSems], pages: int, loops: int) -> No
         await mm.munmap(address, pages << 12)
 
 
-def main() -> None:
+async def main() -> None:
     pages = FULL if "--full" in sys.argv else 1 << 11
-    storm = anyio.run(swap_storm, pages, 2)
+    async with machine_for(pages) as machine:
+        storm = await swap_storm(machine, pages, 2)
     for name, count in attrs.asdict(storm).items():
         print(f"{name:8} {count:8} pages")
 
 
 if __name__ == "__main__":
-    main()
+    anyio.run(main)

@@ -29,7 +29,7 @@ _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
 _WRITABLE: Final = _READABLE | f.PTE_RW
 _STACK_GAP: Final = 256
 _STACK_PAGES: Final = 2048
-_STEP: Final = 512 * 16
+_STEP: Final = 512 * 8
 
 
 async def access(
