@@ -153,6 +153,8 @@ class Execution:
         try:
             self._loop()
         except BaseException:
+            if self.settings.watcher is not None:
+                self.settings.watcher.broken_off()
             self._abandon()
             raise
         if self.error is not None:

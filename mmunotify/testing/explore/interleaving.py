@@ -77,14 +77,20 @@ class Recorder:
         """Trace what the task does now."""
         self._steps.append(_Step(running.execution.name(task), self._chosen))
         self._chosen = []
-        self._in_step = True
         self._tracer = sys.gettrace()
+        self._in_step = True
         sys.settrace(self._trace)
 
     def step_ends(self, task: Task) -> None:
         """Trace no more."""
         sys.settrace(self._tracer)
         self._in_step = False
+
+    def broken_off(self) -> None:
+        """Trace no more, also if a step has not come to its end."""
+        if self._in_step:
+            sys.settrace(self._tracer)
+            self._in_step = False
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         code = frame.f_code

@@ -31,6 +31,9 @@ class Watcher(Protocol):
     def step_ends(self, task: Task) -> None:
         """`task` has suspended or ended."""
 
+    def broken_off(self) -> None:
+        """The execution has failed, perhaps within a step, which then does not end."""
+
 
 @attrs.frozen
 class Settings:

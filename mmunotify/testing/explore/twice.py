@@ -35,6 +35,9 @@ class Trace:
         """Keep how it ended."""
         self._seen.append(f"which left it in state {task.state}")
 
+    def broken_off(self) -> None:
+        """Of no interest."""
+
     def difference(self, other: Trace) -> str | None:
         """The first one; None when the two are the same."""
         for place, (one, two) in enumerate(zip_longest(self._seen, other._seen)):
