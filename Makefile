@@ -2,7 +2,7 @@
 # .venv; the next ones reuse it until a pyproject.toml changes.
 #
 #   make demo         two recorded programs with three drivers attached, and what they were told
-#   make test         the quick tier          ARGS="-k rwsem -x" goes to pytest
+#   make test         the quick tier          ARGS="-k rwsem -x" goes to pytest; -n0 to use one core
 #   make test-long    the rest
 #   make bench        ratios against peers    ARGS="core locks" picks some
 #   make lint types   style; mypy
@@ -39,10 +39,10 @@ demo: $(VENV)/.installed
 	@echo "every callback: build/demo.ndjson    as a page: build/demo.html"
 
 test: $(VENV)/.test
-	@$(RUN) -m pytest -m "not long" $(ARGS)
+	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m "not long" $(ARGS)
 
 test-long: $(VENV)/.test
-	@$(RUN) -m pytest -m long $(ARGS)
+	@$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal -m long $(ARGS)
 
 bench: $(VENV)/.bench
 	@$(RUN) -m benchmarks $(ARGS)

@@ -41,9 +41,14 @@ def define_event(name: str, level: str, keys: str, summary: str) -> str:
     """Add a kind of event to the catalogue and give its name back.
 
     `level` is debug, info, warning or error; `keys` are names separated by spaces. A plugin starts
-    the names of its events with its own.
+    the names of its events with its own. Raises ValueError for a name that means something else.
     """
-    CATALOGUE[name] = EventSpec(name, level, tuple(keys.split()), summary)
+    spec = EventSpec(name, level, tuple(keys.split()), summary)
+    known = CATALOGUE.setdefault(name, spec)
+    if known != spec:
+        raise ValueError(
+            f"event {name!r} is defined already: expected a name of its own, or {known}"
+        )
     return name
 
 

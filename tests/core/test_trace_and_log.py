@@ -512,3 +512,12 @@ async def test_a_plugin_may_define_events(monkeypatch: pytest.MonkeyPatch) -> No
     found: dict[str, Any] = {key: line[key] for key in ("event", "mm", "pages", "log_level")}
     assert found == {"event": "kvm_zapped", "mm": "mm[1]", "pages": 3, "log_level": "info"}
     check_against_catalogue([line])
+
+
+def test_one_name_means_one_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "CATALOGUE", dict(log.CATALOGUE))
+    for _ in range(2):  # a module may be imported again
+        log.define_event("kvm_zapped", "info", "mm pages", "Shadow pages were dropped.")
+    with pytest.raises(ValueError, match=r"'kvm_zapped' is defined already.*Shadow pages"):
+        log.define_event("kvm_zapped", "debug", "mm", "Something else.")
+    assert log.CATALOGUE["kvm_zapped"].level == "info"
