@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json as jsonlib
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 from cyclopts import App, Parameter
 
-from mmunotify.model.check import Excuses, Report, read_recordings, summary
+from mmunotify.model.check import Excuses, Guest, Report, read_recordings, summary
+
+from .choices import choose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mmunotify import AnyDriver
 
 app = App(name="model")
 
@@ -20,6 +27,7 @@ def check(
     json: Annotated[bool, Parameter(negative="")] = False,
     every: Annotated[bool, Parameter(name="--all", negative="")] = False,
     only: Annotated[list[str] | None, Parameter(negative="")] = None,
+    driver: Annotated[str | None, Parameter(name="--driver")] = None,
 ) -> int:
     """Replay recorded kernel sequences into the model and compare what it does.
 
@@ -37,11 +45,15 @@ def check(
     only
         Show only disagreements of this kind of operation ("mremap", "madvise pageout", "exit") or
         in this field ("ev"); may be repeated.
+    driver
+        Run recorded guests in the virtual machine of this driver, NAME[,option=value]..., which has
+        to offer one (`mmunotify.model.check.GuestDriver`), instead of in a plain shadow.
     """
     excuses = Excuses.load()
+    guest = Guest if driver is None else choose(driver).create
     reports: list[Report] = []
     for file in files:
-        report = anyio.run(_check_file, file, excuses)
+        report = anyio.run(_check_file, file, excuses, guest)
         reports.append(report)
         if json:
             print(jsonlib.dumps(report.counts()), flush=True)
@@ -59,10 +71,10 @@ def check(
     return 0 if agrees else 1
 
 
-async def _check_file(file: Path, excuses: Excuses) -> Report:
+async def _check_file(file: Path, excuses: Excuses, guest: Callable[[], AnyDriver]) -> Report:
     report = Report(file)
     for sequence in read_recordings(file):
-        await report.check(sequence, excuses)
+        await report.check(sequence, excuses, guest)
     return report
 
 

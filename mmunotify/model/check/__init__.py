@@ -11,6 +11,8 @@ from __future__ import annotations
 from .compare import Disagreement as Disagreement
 from .compare import Verdict as Verdict
 from .compare import check_sequence as check_sequence
+from .guest import Guest as Guest
+from .guest_driver import GuestDriver as GuestDriver
 from .recordings import Excuses as Excuses
 from .recordings import Sequence as Sequence
 from .recordings import read_recordings as read_recordings

@@ -1,6 +1,7 @@
 """What was recorded against what the model did, field by field.
 
-The fields: `r` result, `ev` announcements, `fl` page faults, `mf` fault counts, `vma` mappings,
+The fields: `r` result, `ev` announcements, `fl` page faults, `mf` fault counts, `gf` and `gm` what
+a guest faulted on and what its hypervisor mapped, `vma` mappings,
 `smaps` their counters, `pg` page codes, `fr` which pages share a frame and which kept theirs. Those
 of a child have "@" and its name behind. Left out is what a recording cannot know for sure: the
 order of ageing calls and of reclaim, the Referenced counter, the recording program's own faults (it
@@ -15,11 +16,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
+from .guest import Guest
 from .harness import PARENT, Harness
 from .observe import FrameKey, Outcome, ProcessState, VmaState, group
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+
+    from mmunotify.drivers import AnyDriver
 
     from .observe import Announcement
     from .recordings import Excuses, Operation, Sequence
@@ -61,13 +65,15 @@ class Verdict:
         return not self.disagreements
 
 
-async def check_sequence(sequence: Sequence, excuses: Excuses) -> AsyncIterator[Verdict]:
-    """Replay a sequence; a verdict per operation, and one for the exit.
+async def check_sequence(
+    sequence: Sequence, excuses: Excuses, guest: Callable[[], AnyDriver] = Guest
+) -> AsyncIterator[Verdict]:
+    """Replay a sequence, with a guest made by `guest`; a verdict per operation and for the exit.
 
     The replay goes on after a disagreement, so later ones may be mere consequences of the first.
     """
     expectation = _Expectation(sequence)
-    async with Harness(sequence) as harness:
+    async with Harness(sequence, guest) as harness:
         for operation in sequence.operations:
             outcome = await harness.do(operation)
             expectation.advance(operation)
@@ -137,6 +143,9 @@ class _Expectation:
             recorded = self._nearest(operation, recorded, outcome)
         _judge_announcements(verdict, recorded, outcome.announcements, ordered=ordered)
         self._judge_faults(verdict, operation, outcome)
+        if self._guest:
+            _judge_guest(verdict, operation, "gf", outcome.guest_faults)
+            _judge_guest(verdict, operation, "gm", outcome.guest_mappings)
         for name, state in self._states.items():
             got = outcome.states.get(name, ProcessState())
             self._judge_vmas(verdict, name, state, got)
@@ -345,6 +354,18 @@ def _canonical(announcements: list[Announcement]) -> list[Announcement]:
     """Invalidations in their order, then the ageing calls as a set."""
     ageing = {each for each in announcements if each[0] != "u"}
     return [each for each in announcements if each[0] == "u"] + sorted(ageing, key=str)
+
+
+def _judge_guest(verdict: Verdict, operation: Operation, field: str, got: list[list[Any]]) -> None:
+    allowed = [operation.recorded.get(field, [])]
+    allowed += [other or [] for other in operation.alternatives.get(field, ())]
+    verdict.compared.append(field)
+    if got not in allowed:
+        expected, found = (
+            _show_faults([(page, access, PARENT) for page, access in each])
+            for each in (allowed[0], got)
+        )
+        verdict.disagreements.append(Disagreement(field, expected, found))
 
 
 def _judge_announcements(

@@ -2,37 +2,43 @@
 
 As much of KVM as decides that: a shadow of what is mapped for the guest, dropped when the host
 announces; writable whenever the host's page is; filled ahead of a fault with writable neighbours.
-Pages are the guest's own unless they are called the host's.
+Recordings are checked with it unless a driver is named that offers a `GuestDriver`.
 
 Source: arch/x86/kvm/mmu/mmu.c (kvm_tdp_page_fault, __direct_pte_prefetch).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from mmunotify.drivers import AtomicDriver
-from mmunotify.errors import BadAddress
 from mmunotify.ranges import PAGE_SHIFT, Range
 
-from .observe import BASE, group
-
 if TYPE_CHECKING:
-    from mmunotify.model.mm import AddressSpace
-    from mmunotify.primary import Translation
+    from collections.abc import Callable
+
+    from mmunotify.primary import Primary, Translation
 
 PREFETCH: Final = 8
 
 
 class Guest(AtomicDriver):
-    """One guest in one process, whose memory is the area from the page of its slot on."""
+    """A `GuestDriver`: one guest in one process."""
 
-    def __init__(self, mm: AddressSpace[Any]) -> None:
-        self._primary = mm.primary
-        self._slot: int | None = 0
+    def __init__(self) -> None:
+        self._primary: Primary | None = None
+        self._memory: int | None = None
         self._shadow: dict[int, Translation] = {}
         self._writable: set[int] = set()
         self._dirty: set[int] | None = None
+        self._sequence = 0
+        self._fault: Callable[[int, bool], object] = _ignore
+        self._mapped: Callable[[int, bool, bool], object] = _ignore
+        self._devices: set[int] = set()
+
+    def attach(self, primary: Primary | None) -> None:
+        """Learn what to translate with."""
+        self._primary = primary
 
     def invalidate_range_start(self, rng: Range) -> None:
         """Forget what is mapped in the range."""
@@ -40,66 +46,93 @@ class Guest(AtomicDriver):
             del self._shadow[page]
             self._writable.discard(page)
 
-    def set_slot(self, slot: int | None) -> None:
-        """Let the guest's memory begin at another page of the host, or take it away."""
+    def invalidate_range_end(self, rng: Range) -> None:
+        """A fault that was being served when the range was announced is served again."""
+        self._sequence += 1
+
+    def record(
+        self, fault: Callable[[int, bool], object], mapped: Callable[[int, bool, bool], object]
+    ) -> None:
+        """See `GuestDriver`."""
+        self._fault, self._mapped = fault, mapped
+
+    async def set_memory(self, address: int | None, size: int) -> None:
+        """See `GuestDriver`; there is no end of it."""
         self._shadow.clear()
         self._writable.clear()
-        self._slot = slot
+        self._devices.clear()
+        self._memory = address
 
-    def log_dirty(self, on: bool) -> None:
-        """Start or stop logging which pages are written."""
+    async def log_dirty(self, on: bool) -> None:
+        """See `GuestDriver`."""
         self._dirty = set() if on else None
-        self._writable.clear()
+        if on:
+            self._writable.clear()
 
-    def dirty_log(self) -> list[list[int]] | None:
-        """[first, count] of the pages written since the last call; None when nothing is logged."""
+    async def dirty_log(self) -> list[int] | None:
+        """See `GuestDriver`."""
         if self._dirty is None:
             return None
-        dirty = [[first, count] for first, count, _ in group(dict.fromkeys(self._dirty, ""))]
+        dirty = sorted(self._dirty)
         self._dirty.clear()
-        self._writable.clear()
+        self._writable.difference_update(dirty)
         return dirty
 
-    async def read(self, page: int) -> int:
-        """The first byte of a page; BadAddress where the host cannot supply it."""
-        translation = await self._translate(page, write=False)
-        return self._primary.read(translation, self._offset(page, translation), 1)[0]
+    async def load(self, address: int) -> int | None:
+        """See `GuestDriver`."""
+        translation = await self._translate(address >> PAGE_SHIFT, write=False)
+        if translation is None:
+            return None
+        assert self._primary is not None
+        return self._primary.read(translation, self._offset(address, translation), 1)[0]
 
-    async def write(self, page: int, value: int) -> None:
-        """Write the first byte of a page; errors as for `read`."""
-        translation = await self._translate(page, write=True)
-        self._primary.write(translation, self._offset(page, translation), bytes([value]))
-        if self._dirty is not None:
-            self._dirty.add(page)
+    async def store(self, address: int, value: int) -> bool:
+        """See `GuestDriver`."""
+        translation = await self._translate(address >> PAGE_SHIFT, write=True)
+        if translation is None:
+            return False
+        assert self._primary is not None
+        self._primary.write(translation, self._offset(address, translation), bytes([value]))
+        return True
 
-    @property
-    def absent(self) -> bool:
-        """Whether the guest has no memory: an access is one to a device."""
-        return self._slot is None
+    async def _translate(self, page: int, *, write: bool) -> Translation | None:
+        primary = self._primary
+        if self._memory is None:
+            if page not in self._devices:
+                self._devices.add(page)
+                self._fault(page, write)
+            return None
+        assert primary is not None
+        while True:
+            translation = self._shadow.get(page)
+            if translation is not None and (not write or page in self._writable):
+                return translation
+            self._fault(page, write)
+            sequence = self._sequence
+            translation = await primary.fault_in(self._span(page)[0], write=write)
+            if sequence != self._sequence:
+                continue
+            primary.mark_young(*self._span(page))
+            self._map(page, translation, prefetched=False)
+            if self._dirty is None:
+                self._prefetch(page)
 
-    async def _translate(self, page: int, *, write: bool) -> Translation:
-        translation = self._shadow.get(page)
-        if translation is not None and (not write or page in self._writable):
-            return translation
-        start, end = self._span(page)
-        translation = await self._primary.fault_in(start, write=write)
-        self._primary.mark_young(start, end)
-        self._map(page, translation, writable=write or self._dirty is None)
-        if self._dirty is None:
-            self._prefetch(page)
-        return translation
-
-    def _map(self, page: int, translation: Translation, *, writable: bool) -> None:
+    def _map(self, page: int, translation: Translation, *, prefetched: bool) -> None:
+        assert self._primary is not None
         self._shadow[page] = translation
-        if translation.writable and writable:
+        self._mapped(page, translation.writable, prefetched)
+        if translation.writable:
             self._writable.add(page)
             self._primary.set_dirty(*self._span(page))
+            if self._dirty is not None:
+                self._dirty.add(page)
 
     def _prefetch(self, page: int) -> None:
         """Map the unmapped runs of the aligned 8 pages around, as far as the host can write them.
 
         A run whose first page it cannot ends the whole attempt.
         """
+        assert self._primary is not None
         first = page & -PREFETCH
         start: int | None = None
         for near in range(first, first + PREFETCH + 1):
@@ -112,30 +145,16 @@ class Guest(AtomicDriver):
                         if wanted == start:
                             return
                         break
-                    self._map(wanted, translation, writable=True)
+                    self._map(wanted, translation, prefetched=True)
                 start = None
 
     def _span(self, page: int) -> tuple[int, int]:
-        start = BASE + ((page + (self._slot or 0)) << PAGE_SHIFT)
+        start = (self._memory or 0) + (page << PAGE_SHIFT)
         return start, start + (1 << PAGE_SHIFT)
 
-    def _offset(self, page: int, translation: Translation) -> int:
-        return self._span(page)[0] - translation.address
+    def _offset(self, address: int, translation: Translation) -> int:
+        return (self._memory or 0) + address - translation.address
 
 
-async def touch(guest: Guest, at: int, count: int, value: int | None) -> list[Any]:
-    """Read (or write, if given a value) the first byte of each page: values, or why not."""
-    seen: list[Any] = []
-    for page in range(at, at + count):
-        if guest.absent:
-            seen.append("MMIO")
-            continue
-        try:
-            if value is None:
-                seen.append(await guest.read(page))
-            else:
-                await guest.write(page, value)
-                seen.append(0)
-        except BadAddress:
-            seen.append("EFAULT")
-    return seen
+def _ignore(*told: object) -> None:
+    """Nobody records."""

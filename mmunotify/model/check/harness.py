@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from mmunotify.errors import BadAddress, MmError
+from mmunotify.errors import BadAddress, DriverConfigError, MmError
 from mmunotify.model.flags import (
     FAULT_KERNEL,
     FAULT_PRESENT,
@@ -36,13 +36,16 @@ from mmunotify.model.flags import (
 from mmunotify.model.machine import Machine
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 
-from .guest import Guest, touch
-from .observe import BASE, Announcement, Outcome, Recorder, look
+from .guest import Guest
+from .guest_driver import GuestDriver, GuestTrace, touch
+from .observe import AREA_PAGES, BASE, Announcement, Outcome, Recorder, group, look
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
+    from mmunotify.drivers import AnyDriver
     from mmunotify.model.filemap import File
     from mmunotify.model.mm import AddressSpace
 
@@ -79,10 +82,22 @@ def _protection(text: str) -> int:
 
 
 class Harness:
-    """One machine, one process and its children, to which a sequence is done; a context manager."""
+    """One machine, one process and its children, to which a sequence is done; a context manager.
 
-    def __init__(self, sequence: Sequence) -> None:
+    The process has a guest, made by `guest`: a driver that is a `GuestDriver`.
+    """
+
+    def __init__(self, sequence: Sequence, guest: Callable[[], AnyDriver] = Guest) -> None:
         self._sequence = sequence
+        driver = guest()
+        if not isinstance(driver, GuestDriver):
+            raise DriverConfigError(
+                f"{driver!r} has no guest: expected the methods of {GuestDriver.__qualname__}"
+            )
+        self._trace = GuestTrace()
+        self._guest: GuestDriver = driver
+        self._guest_driver = driver
+        driver.record(self._trace.fault, self._trace.mapped)
         self._machine = Machine(
             frames=FRAMES,
             swap=SWAP_SLOTS,
@@ -100,8 +115,8 @@ class Harness:
         await self._machine.__aenter__()
         parent = self._machine.new_mm(PARENT)
         await self._adopt(PARENT, parent)
-        self._guest = Guest(parent)
-        await parent.register(self._guest)
+        await parent.register(self._guest_driver)
+        await self._guest.set_memory(BASE, _bytes(AREA_PAGES))
         return self
 
     async def __aexit__(
@@ -133,6 +148,7 @@ class Harness:
             outcome.problem = _describe(error)
         outcome.minor, outcome.major = actor.min_flt - minor, actor.maj_flt - major
         outcome.faults, self._faults = self._faults, []
+        outcome.guest_faults, outcome.guest_mappings = self._trace.take()
         outcome.announcements = self._heard()
         try:
             for name, mm in self._processes.items():
@@ -398,14 +414,19 @@ class Harness:
         return {"bad": bad} if bad else 0
 
     async def _do_gslot(self, mm: AddressSpace[Any], a: Json) -> int:
-        self._guest.set_slot(a.get("at", 0) if a["how"] == "set" else None)
+        at = a.get("at", 0)
+        address = _address(at) if a["how"] == "set" else None
+        await self._guest.set_memory(address, _bytes(AREA_PAGES - at))
         return 0
 
     async def _do_gdirty(self, mm: AddressSpace[Any], a: Json) -> Any:
         if a["how"] == "get":
-            dirty = self._guest.dirty_log()
-            return -errno.ENOENT if dirty is None else {"dirty": dirty}
-        self._guest.log_dirty(a["how"] == "on")
+            dirty = await self._guest.dirty_log()
+            if dirty is None:
+                return -errno.ENOENT
+            runs = group(dict.fromkeys(dirty, ""))
+            return {"dirty": [[first, count] for first, count, _ in runs]}
+        await self._guest.log_dirty(a["how"] == "on")
         return 0
 
 

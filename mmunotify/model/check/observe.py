@@ -61,6 +61,10 @@ class Outcome:
     """By process; those without any may be left out."""
     faults: list[tuple[int, str, str]] = attrs.Factory(list)
     """Page, access, process."""
+    guest_faults: list[list[Any]] = attrs.Factory(list)
+    """As recorded: page, access."""
+    guest_mappings: list[list[Any]] = attrs.Factory(list)
+    """As recorded: page, access."""
     minor: int | None = 0
     """Faults counted for the process that did the operation; None if it does not exist any more."""
     major: int | None = 0

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from .compare import check_sequence
+from .guest import Guest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from mmunotify.drivers import AnyDriver
 
     from .compare import Verdict
     from .recordings import Excuses, Sequence
 
-FIELDS: Final = ("problem", "r", "ev", "fl", "mf", "vma", "smaps", "pg", "fr")
+FIELDS: Final = ("problem", "r", "ev", "fl", "mf", "gf", "gm", "vma", "smaps", "pg", "fr")
 """The columns of the summary; a child's fields are counted with the parent's."""
 
 
@@ -53,11 +56,13 @@ class Report:
         """Whether everything that is not excused agrees."""
         return not self.verdicts
 
-    async def check(self, sequence: Sequence, excuses: Excuses) -> None:
-        """Replay one sequence and count it."""
+    async def check(
+        self, sequence: Sequence, excuses: Excuses, guest: Callable[[], AnyDriver] = Guest
+    ) -> None:
+        """Replay one sequence, with a guest made by `guest`, and count it."""
         self.sequences += 1
         diverged = False
-        async for verdict in check_sequence(sequence, excuses):
+        async for verdict in check_sequence(sequence, excuses, guest):
             self._count(verdict, first=not diverged)
             diverged = diverged or not verdict.agrees
         self.sequences_agree += not diverged

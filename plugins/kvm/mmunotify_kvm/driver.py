@@ -1,63 +1,130 @@
-"""A driver in the place of KVM's: it is told what kvm_mmu_notifier_ops would be, and counts it.
+"""The plugin's driver: a virtual machine whose user is a replay or a check of recordings.
 
-It keeps no shadow page table, so it has nothing to drop and answers "not accessed" to every query.
-Which callbacks KVM implements: virt/kvm/kvm_main.c.
+A replay uses host memory through it as through any device. Guest and host addresses are the same
+then, and a mapping of the host becomes a memslot when a page of it is first used, as sandboxes do
+that run a process as a guest.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from itertools import cycle
 from typing import TYPE_CHECKING, Final
 
-from mmunotify import AtomicDriver, Log, define_event
+from mmunotify import ADDRESS_END, PAGE_SHIFT, PAGE_SIZE
+
+from .errors import KvmError, MmioExit
+from .faults import resolve
+from .memslots import LOG_DIRTY_PAGES
+from .options import KvmOptions, parse_size
+from .vm import VirtualMachine
 
 if TYPE_CHECKING:
-    from mmunotify import Range
+    from collections.abc import Callable
 
-COUNTED: Final = define_event(
-    "kvm_counted",
-    "info",
-    "driver pages invalidate_range_start invalidate_range_end clear_flush_young clear_young "
-    "test_young",
-    "At release: how often each callback was called, and the pages that the starts announced.",
-)
+SLOT_SIZE: Final = 1 << 30
+"""The memslots that a device's accesses make are pieces of what is aligned to so many bytes."""
 
 
-class KvmDriver(AtomicDriver):
-    """Counts its callbacks, and the pages that starts announce; logs the counters at release.
+class KvmDriver(VirtualMachine):
+    """A virtual machine as a device (`mmunotify.Device`), and one whose guest can be recorded."""
 
-    `logger` is a structlog logger.
-    """
+    def __init__(self, options: KvmOptions | None = None, logger: object = None) -> None:
+        super().__init__(options, logger=logger)
+        memory = self.options.memory
+        self._unused = parse_size(memory) if memory else ADDRESS_END
+        """Bytes that device accesses may yet turn into guest memory."""
+        self._turns: Final = cycle(self.vcpus)
+        self._vcpu = self.vcpus[0]
+        self._slots = 0
 
-    def __init__(self, logger: object = None) -> None:
-        self.counters: Final[Counter[str]] = Counter()
-        """Calls by callback; `pages` is the sum of the pages of all starts."""
-        self._log = Log(logger, driver="kvm")
+    # ------------------------------------------------------------------ a device
 
-    def invalidate_range_start(self, rng: Range) -> None:
-        """Count the section and its pages."""
-        self.counters["invalidate_range_start"] += 1
-        self.counters["pages"] += rng.pages
+    def access(self, address: int, *, write: bool = False) -> bool:
+        """The next vCPU uses a host address; whether it could without a fault."""
+        gfn = address >> PAGE_SHIFT
+        vcpu = self._vcpu = next(self._turns)
+        found = vcpu.tlb.get(gfn)
+        if found is not None and (found.writable or not write):
+            return True
+        return vcpu.walk(gfn, write=write) is not None
 
-    def invalidate_range_end(self, rng: Range) -> None:
-        """Count the section's end."""
-        self.counters["invalidate_range_end"] += 1
+    async def fault(self, address: int, *, write: bool = False) -> None:
+        """Serve the miss of the vCPU that had the last turn.
 
-    def clear_flush_young(self, start: int, end: int) -> bool:
-        """Count the query; nothing was accessed through a table that does not exist."""
-        self.counters["clear_flush_young"] += 1
-        return False
+        Host memory without a memslot becomes one, while there may be more; without, it is MMIO.
+        """
+        gfn = address >> PAGE_SHIFT
+        if self.memslots.find(gfn) is None:
+            await self._give(address)
+        await resolve(self, self._vcpu, gfn, write=write)
 
-    def clear_young(self, start: int, end: int) -> bool:
-        """As `clear_flush_young`."""
-        self.counters["clear_young"] += 1
-        return False
+    async def _give(self, address: int) -> None:
+        """Make a memslot of the mapping around an address, as far as it is not one yet."""
+        assert self.primary is not None
+        region = next(iter(self.primary.regions(address, address + 1)), None)
+        if region is None or self._unused < PAGE_SIZE:
+            return
+        before, after = self.memslots.neighbours(address)
+        window = address & -SLOT_SIZE
+        start = max(region.start, before, window)
+        end = min(region.end, after, window + SLOT_SIZE)
+        if end - start > self._unused:
+            start = address & -PAGE_SIZE
+            end = min(end, start + (self._unused & -PAGE_SIZE))
+        try:
+            await self.set_user_memory_region(self._slots, start, end - start, start)
+        except KvmError:
+            if self.memslots.find(address >> PAGE_SHIFT) is None:
+                raise
+            return  # another task has been faster
+        self._slots += 1
+        self._unused -= end - start
 
-    def test_young(self, address: int) -> bool:
-        """As `clear_flush_young`."""
-        self.counters["test_young"] += 1
-        return False
+    # ------------------------------------------------------------------ a recorded guest
 
-    async def release(self) -> None:
-        """Log the counters."""
-        self._log.emit(COUNTED, **self.counters)
+    def record(
+        self,
+        fault: Callable[[int, bool], object],
+        mapped: Callable[[int, bool, bool], object],
+    ) -> None:
+        """Be what was recorded, a guest without huge pages, and tell of its faults and mappings."""
+        self.huge = False
+        self.on_fault, self.on_map = fault, mapped
+
+    async def set_memory(self, address: int | None, size: int) -> None:
+        """Guest memory from 0 on is host memory at `address`, or is taken away (None)."""
+        if 0 in self.memslots.by_id:
+            await self.set_user_memory_region(0, 0, 0)
+        if address is not None:
+            await self.set_user_memory_region(0, 0, size, address)
+
+    async def log_dirty(self, on: bool) -> None:
+        """Start or stop logging which pages are written."""
+        slot = self.memslots.by_id.get(0)
+        if slot is not None:
+            flags = LOG_DIRTY_PAGES if on else 0
+            size = slot.pages << PAGE_SHIFT
+            await self.set_user_memory_region(0, 0, size, slot.hva, flags)
+
+    async def dirty_log(self) -> list[int] | None:
+        """The pages written since the last call, ascending; None when nothing is logged."""
+        slot = self.memslots.by_id.get(0)
+        if slot is None or slot.dirty is None:
+            return None
+        pages: list[int] = (await self.get_dirty_log(0)).tolist()
+        return pages
+
+    async def load(self, address: int) -> int | None:
+        """A byte of guest memory; None without memory there. Raises BadAddress for -EFAULT."""
+        try:
+            return (await self.vcpus[0].load(address))[0]
+        except MmioExit:
+            return None
+
+    async def store(self, address: int, value: int) -> bool:
+        """Write a byte of guest memory; False without memory there. Raises like `load`."""
+        try:
+            await self.vcpus[0].store(address, bytes((value,)))
+        except MmioExit:
+            return False
+        return True

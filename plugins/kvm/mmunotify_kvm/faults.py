@@ -1,0 +1,294 @@
+"""The guest's page faults: look a page up, and map it unless an invalidation was faster.
+
+    take note of invalidate_seq             I-SEQ: before the lookup
+    primary.fault_in                        may sleep, and may announce to this very machine
+    under mmu_lock: retry?                  I-NOEST, I-INFLIGHT: in the step that maps
+    map it, and its neighbours
+
+No reference to the page is kept: it goes when an invalidation takes its entry away (I-FREE).
+Source: arch/x86/kvm/mmu/mmu.c (direct_page_fault, is_page_fault_stale, direct_pte_prefetch).
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Final
+
+from anyio.lowlevel import checkpoint
+
+from mmunotify import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, BadAddress
+
+from .memslots import INVALID, LOG_DIRTY_PAGES, READONLY
+from .spte import (
+    ACCESSED,
+    DIRTY,
+    FRAME_SHIFT,
+    HOST_HUGE,
+    HOST_WRITABLE,
+    LARGE,
+    MMU_WRITABLE,
+    PRESENT,
+    WRITABLE,
+    make_spte,
+)
+from .tables import NR
+
+if TYPE_CHECKING:
+    from mmunotify import Primary, Translation
+
+    from .memslots import MemorySlot
+    from .vcpu import VCpu
+    from .vm import VirtualMachine
+
+PREFETCH: Final = 8
+"""Aligned pages around a fault that are mapped with it (PTE_PREFETCH_NUM)."""
+
+
+class FaultResult(enum.IntEnum):
+    """What became of a page fault (RET_PF_*)."""
+
+    RETRY = 0
+    """Nothing: the guest is to try again, and will fault again if that is still necessary."""
+    FIXED = 1
+    SPURIOUS = 2
+    """It was mapped already."""
+    EMULATE = 3
+    """There is no memory to map: an access to a device."""
+
+
+async def page_fault(
+    vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False
+) -> FaultResult:
+    """Serve one page fault. May suspend. Raises BadAddress where the host has no page (-EFAULT)."""
+    counters = vm.counters
+    if vm.mmio and vm.mmio.get(gfn) == vm.memslots.generation:
+        counters["mmio"] += 1
+        return FaultResult.EMULATE
+    counters["faults"] += 1
+    if vm.on_fault is not None:
+        vm.on_fault(gfn, write)
+    index = vm.srcu.read_lock()
+    try:
+        return await _serve(vm, vcpu, gfn, write)
+    except BadAddress:
+        counters["efault"] += 1
+        raise
+    finally:
+        vm.srcu.read_unlock(index)
+
+
+async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False) -> FaultResult:
+    """Page faults until one of them is not to be retried. May suspend; raises like `page_fault`.
+
+    What a section covers is waited for rather than asked for again and again.
+    """
+    tries = 0
+    while True:
+        result = await page_fault(vm, vcpu, gfn, write=write)
+        if result is not FaultResult.RETRY:
+            return result
+        tries += 1
+        if vm.mmu.covered(gfn):
+            await vm.mmu.section_over()
+        elif tries > 1:
+            await checkpoint()
+
+
+async def _serve(vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool) -> FaultResult:
+    slot = vm.memslots.find(gfn)
+    if slot is None:
+        vm.mmio[gfn] = vm.memslots.generation
+        vm.counters["mmio"] += 1
+        return FaultResult.EMULATE
+    if slot.flags & INVALID:
+        # On its way out, with its entries still there: neither memory nor yet a device.
+        return FaultResult.RETRY
+    if write and slot.flags & READONLY:
+        vm.counters["mmio"] += 1
+        return FaultResult.EMULATE
+    if write and vm.fast_page_faults and fast_page_fault(vm, vcpu, slot, gfn):
+        return FaultResult.FIXED
+    mmu = vm.mmu
+    seq = mmu.invalidate_seq
+    if mmu.covered(gfn):
+        # In vain for sure; without the lock, since the answer is only saving a lookup.
+        vm.counters["retries"] += 1
+        return FaultResult.RETRY
+    found = await vm.lookup(slot.address(gfn), write)
+    with mmu.lock:
+        if mmu.retry(seq, gfn):
+            vm.counters["retries"] += 1
+            vcpu.overtaken = (gfn, found)
+            return FaultResult.RETRY
+        if vcpu.overtaken is not None:
+            if vcpu.overtaken == (gfn, found):
+                vm.counters["false_retries"] += 1
+            vcpu.overtaken = None
+        return direct_map(vm, vcpu, slot, gfn, found, write)
+
+
+def fast_page_fault(vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int) -> bool:
+    """Give back what only dirty logging has taken: without mmu_lock and without a lookup.
+
+    No entry can be taken and made anew in between, as it could on a CPU: this does not suspend.
+    """
+    page = gfn - slot.base
+    spte = slot.table.entry(page)
+    wanted = PRESENT | MMU_WRITABLE | HOST_WRITABLE
+    if spte & wanted != wanted or spte & WRITABLE:
+        return False
+    slot.table.set_entry(page, spte | WRITABLE | ACCESSED)
+    vm.mark_page_dirty(vcpu, slot, page)
+    vm.counters["fast_faults"] += 1
+    return True
+
+
+def direct_map(
+    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, found: Translation, write: bool
+) -> FaultResult:
+    """Map what was found; mmu_lock is held, and nothing has suspended since `retry` was asked."""
+    host_writable = found.writable and not slot.flags & READONLY
+    table = slot.table
+    page = gfn - slot.base
+    if vm.huge and found.size == PMD_SIZE and can_be_huge(slot, gfn):
+        return _map_huge(vm, slot, gfn, found, host_writable, write)
+    old = table.entry(page)
+    spte = make_spte(
+        found.frame + (slot.address(gfn) - found.address >> PAGE_SHIFT),
+        writable=host_writable,
+        host_writable=host_writable,
+        prefetch=False,
+    )
+    if found.size == PMD_SIZE:
+        spte |= HOST_HUGE
+    if old:
+        if not old & LARGE and (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
+            table.leaf[page] = old | ACCESSED
+            vm.counters["spurious"] += 1
+            return FaultResult.SPURIOUS
+        if old & LARGE or (old ^ spte) >> FRAME_SHIFT & ((1 << 40) - 1):
+            vm.zap(slot, page, page + 1)
+    if table.make(page, spte, found.generation):
+        vm.counters["refaults"] += 1
+    vm.counters["installed"] += 1
+    if host_writable and slot.flags & LOG_DIRTY_PAGES:
+        vm.mark_page_dirty(vcpu, slot, page)
+    if vm.on_map is not None:
+        vm.on_map(gfn, host_writable, False)
+    primary = vm.primary
+    assert primary is not None
+    used(primary, slot.address(gfn), PAGE_SIZE, dirty=host_writable and vm.dirty_at_map)
+    if vm.prefetches and not vm.mmu.invalidate_in_progress:
+        _prefetch(vm, vcpu, primary, gfn)
+    return FaultResult.FIXED
+
+
+def can_be_huge(slot: MemorySlot, gfn: int) -> bool:
+    """Whether the slot has all of a page's 2 MiB, aligned as the host has them, and unlogged."""
+    start = (gfn & -NR) - slot.base
+    return (
+        start >= 0
+        and start + NR <= slot.pages
+        and not (slot.base ^ slot.hva >> PAGE_SHIFT) & (NR - 1)
+        and not slot.flags & LOG_DIRTY_PAGES
+    )
+
+
+def _map_huge(
+    vm: VirtualMachine,
+    slot: MemorySlot,
+    gfn: int,
+    found: Translation,
+    host_writable: bool,
+    write: bool,
+) -> FaultResult:
+    table = slot.table
+    page = gfn - slot.base
+    block = table.block(page)
+    old = table.huge[block]
+    spte = LARGE | make_spte(
+        found.frame, writable=host_writable, host_writable=host_writable, prefetch=False
+    )
+    if old & PRESENT and (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
+        table.huge[block] = old | ACCESSED
+        vm.counters["spurious"] += 1
+        return FaultResult.SPURIOUS
+    start = table.block_start(block)
+    if old & PRESENT or table.used[block]:
+        vm.zap(slot, start, start + NR)
+    table.make_huge(block, spte, found.generation)
+    counters = vm.counters
+    counters["installed"] += NR
+    counters["huge"] += 1
+    if old:
+        counters["refaults"] += NR
+    if vm.on_map is not None:
+        vm.on_map(gfn, host_writable, False)
+    assert vm.primary is not None
+    used(vm.primary, found.address, PMD_SIZE, dirty=host_writable and vm.dirty_at_map)
+    return FaultResult.FIXED
+
+
+def used(primary: Primary, address: int, size: int, *, dirty: bool) -> None:
+    """Tell the primary MMU what the guest may do from now on without its knowing.
+
+    Source: kvm_release_page_clean, kvm_release_page_dirty.
+    """
+    primary.mark_young(address, address + size)
+    if dirty:
+        primary.set_dirty(address, address + size)
+
+
+def _prefetch(vm: VirtualMachine, vcpu: VCpu, primary: Primary, gfn: int) -> None:
+    """Map the unmapped runs of the aligned pages around one, as far as the host can write them.
+
+    A run of which not even the first page can be mapped ends the attempt; so does one that begins
+    outside of memory or runs past the end of its slot, and one that dirty logging watches.
+    """
+    first = gfn & -PREFETCH
+    start = -1
+    for near in range(first, first + PREFETCH + 1):
+        if near < first + PREFETCH and not _present(vm, near):
+            if start < 0:
+                start = near
+        elif start >= 0:
+            if not _prefetch_run(vm, vcpu, primary, start, near):
+                return
+            start = -1
+
+
+def _present(vm: VirtualMachine, gfn: int) -> bool:
+    slot = vm.memslots.find(gfn)
+    return slot is not None and slot.table.entry(gfn - slot.base) != 0
+
+
+def _prefetch_run(vm: VirtualMachine, vcpu: VCpu, primary: Primary, first: int, last: int) -> bool:
+    slot = vm.memslots.find(first)
+    if slot is None or last > slot.end or slot.flags & (LOG_DIRTY_PAGES | READONLY | INVALID):
+        return False
+    table, counters = slot.table, vm.counters
+    translate = primary.translate
+    address = start = slot.address(first)
+    for gfn in range(first, last):
+        found = translate(address)
+        if found is None or not found.writable:
+            break
+        spte = make_spte(
+            found.frame + (address - found.address >> PAGE_SHIFT),
+            writable=True,
+            host_writable=True,
+            prefetch=True,
+        )
+        if found.size == PMD_SIZE:
+            spte |= HOST_HUGE
+        if table.make(gfn - slot.base, spte, found.generation):
+            counters["refaults"] += 1
+        counters["installed"] += 1
+        counters["prefetched"] += 1
+        if vm.on_map is not None:
+            vm.on_map(gfn, True, True)
+        address += PAGE_SIZE
+    if address == start:
+        return False
+    used(primary, start, address - start, dirty=vm.dirty_at_map)
+    return True

@@ -1,0 +1,209 @@
+"""The side of a virtual machine that the address space talks to (kvm_mmu_notifier_ops).
+
+    S    count it, take pfn caches away, then for the memslots that it meets, under mmu_lock:
+         count it once more, widen the range, drop the entries, flush the TLBs
+    E    the same memslots: the sequence grows, the counts fall, and who waits to change memslots
+         is woken
+
+Start and end must meet the same memslots, or the counts go astray; so memslots do not change while
+`active` is above 0. None of these takes slots_lock: its holder waits for them.
+Source: virt/kvm/kvm_main.c.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from mmunotify import ADDRESS_END, PAGE_SHIFT, PAGE_SIZE, AtomicDriver, Log
+
+from .counters import new_counters
+from .log import RELEASED, UNBALANCED
+from .memslots import Memslots
+from .mmu import Mmu
+
+if TYPE_CHECKING:
+    from mmunotify import Primary, Range
+
+    from .memslots import MemorySlot
+    from .pfn_cache import GfnToPfnCache
+    from .tables import DirtySink
+
+
+class MmuNotifier(AtomicDriver):
+    """The callbacks, and the state that they share with everything else."""
+
+    def __init__(self, name: str, logger: object = None) -> None:
+        self.name: Final = name
+        self.counters: Final = new_counters()
+        """What happened so far, by name; see `mmunotify_kvm.counters`."""
+        self.primary: Primary | None = None
+        self.mmu: Final = Mmu(self.counters)
+        self.memslots = Memslots()
+        """The set in use. Read it under SRCU, or where nothing suspends."""
+        self.active = 0
+        """Sections that are open, meeting a memslot or not (mn_active_invalidate_count)."""
+        self.dirty_at_map = True
+        self.pfn_caches: Final[list[GfnToPfnCache]] = []
+        self._idle: anyio.Event | None = None
+        self._log = Log(logger, driver=name)
+
+    def attach(self, primary: Primary | None) -> None:
+        """Learn what to translate with."""
+        self.primary = primary
+
+    # ------------------------------------------------------------------ invalidations
+
+    def invalidate_range_start(self, rng: Range) -> None:
+        """Drop what maps the range, and let no fault map it again before the end."""
+        self.active += 1
+        start, end = rng.start, rng.end
+        if self.pfn_caches:
+            self._invalidate_caches(start, end)
+        met = self.memslots.overlapping(start, end)
+        if met:
+            mmu = self.mmu
+            with mmu.lock:
+                mmu.begin()
+                self._unmap(met, start, end)
+
+    def invalidate_range_end(self, rng: Range) -> None:
+        """Let faults in again."""
+        if self.memslots.overlapping(rng.start, rng.end):
+            mmu = self.mmu
+            with mmu.lock:
+                mmu.end()
+        self.active -= 1
+        assert self.active >= 0, f"{self.name}: a section ended that had not begun"
+        if not self.active and self._idle is not None:
+            self._idle.set()
+            self._idle = None
+
+    def invalidate_page(self, address: int) -> None:
+        """2008's form: the pte is gone already, so there is a moment and no section."""
+        start = address & -PAGE_SIZE
+        if self.pfn_caches:
+            self._invalidate_caches(start, start + PAGE_SIZE)
+        met = self.memslots.overlapping(start, start + PAGE_SIZE)
+        if met:
+            mmu = self.mmu
+            with mmu.lock:
+                mmu.invalidate_seq += 1
+                self._unmap(met, start, start + PAGE_SIZE)
+
+    def _unmap(self, met: list[MemorySlot], start: int, end: int) -> None:
+        mmu = self.mmu
+        zapped = 0
+        for slot in met:
+            first, last = _pages(slot, start, end)
+            mmu.range_add(slot.base + first, slot.base + last)
+            zapped += self.zap(slot, first, last)
+        counters = self.counters
+        counters["zaps"] += 1
+        if zapped:
+            counters["mapped"] += zapped
+            counters["flushes"] += 1
+
+    def zap(self, slot: MemorySlot, first: int, last: int) -> int:
+        """Drop what maps pages [first, last) of a slot; flush; how many were mapped.
+
+        mmu_lock is held: the flush comes before it is let go.
+        """
+        table = slot.table
+        if not table.pages_4k and not table.pages_2m:
+            return 0
+        huge = table.pages_2m
+        sink = None if self.dirty_at_map else self._dirty_sink(slot)
+        zapped = table.zap(first, last, sink)
+        if zapped:
+            if huge != table.pages_2m:
+                # A huge entry goes whole, also what of it lies outside of the range.
+                first = max(table.block_start(table.block(first)), 0)
+                last = min(table.block_start(table.block(last - 1) + 1), slot.pages)
+            self.mmu.flush(slot.base + first, slot.base + last)
+        return zapped
+
+    def _dirty_sink(self, slot: MemorySlot) -> DirtySink:
+        primary = self.primary
+        assert primary is not None
+        hva = slot.hva
+
+        def hand_over(first: int, last: int, mask: object) -> None:
+            primary.set_dirty(
+                hva + (first << PAGE_SHIFT),
+                hva + (last << PAGE_SHIFT),
+                mask,  # type: ignore[arg-type]  # an array is a sequence of integers
+            )
+
+        return hand_over
+
+    def _invalidate_caches(self, start: int, end: int) -> None:
+        for cache in self.pfn_caches:
+            cache.invalidate(start, end)
+
+    async def sections_over(self) -> None:
+        """Wait until no section is open: then memslots may change."""
+        while self.active:
+            if self._idle is None:
+                self._idle = anyio.Event()
+            await self._idle.wait()
+
+    # ------------------------------------------------------------------ ageing
+
+    def clear_flush_young(self, start: int, end: int) -> bool:
+        """Whether the guest has used [start, end) since the last time; later uses will be seen."""
+        return self._age(start, end, clear=True, flush=True)
+
+    def clear_young(self, start: int, end: int) -> bool:
+        """The same without the flush: a use through a TLB goes unseen."""
+        return self._age(start, end, clear=True, flush=False)
+
+    def test_young(self, address: int) -> bool:
+        """Whether the guest has used a page; changes nothing."""
+        return self._age(address, address + 1, clear=False, flush=False)
+
+    def _age(self, start: int, end: int, *, clear: bool, flush: bool) -> bool:
+        met = self.memslots.overlapping(start, end)
+        if not met:
+            return False
+        young = False
+        for slot in met:
+            first, last = _pages(slot, start, end)
+            self.counters["aged"] += last - first
+            if slot.table.age(first, last, clear=clear):
+                young = True
+                if flush:
+                    self.mmu.flush(slot.base + first, slot.base + last)
+        if young:
+            self.counters["young"] += 1
+        return young
+
+    # ------------------------------------------------------------------ the end
+
+    async def release(self) -> None:
+        """Drop everything: no page of the address space has been freed yet."""
+        with self.mmu.lock:
+            for slot in self.memslots:
+                self.zap(slot, 0, slot.pages)
+            self.mmu.wake()
+        self._invalidate_caches(0, ADDRESS_END)
+        self._log.emit(RELEASED, **self.counters)
+
+    def free(self) -> None:
+        """No end will come for sections that are open still: nobody may wait for one."""
+        if self.active:
+            self._log.emit(UNBALANCED, sections=self.active)
+            self.active = 0
+            self.mmu.reset()
+        if self._idle is not None:
+            self._idle.set()
+            self._idle = None
+        self.primary = None
+
+
+def _pages(slot: MemorySlot, start: int, end: int) -> tuple[int, int]:
+    """The pages of a slot that [start, end) in bytes touches, counted from its first."""
+    first = (start - slot.hva) >> PAGE_SHIFT
+    last = -((slot.hva - end) >> PAGE_SHIFT)
+    return max(0, first), min(slot.pages, last)
