@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
+_MEMORY: Final = np.uint64(f.PTE_PRESENT | f.PTE_SPECIAL)
+"""What of an entry says that it maps a frame of memory."""
+_PG_DIRTY: Final = np.uint64(fr.PG_DIRTY)
+_FEW: Final = 16
+"""Up to so many pages a loop is faster than arrays."""
 
 
 class ModelPrimary:
@@ -188,21 +193,60 @@ class ModelPrimary:
     def set_dirty(self, start: int, end: int, mask: Sequence[int] | None = None) -> None:
         """Hand dirty bits over before a mapping is dropped (I-DIRTY); set_page_dirty."""
         mm = self.mm
-        first = start >> PAGE_SHIFT
-        for page in range(first, -(-end >> PAGE_SHIFT)):
-            if mask is not None and not mask[page - first]:
-                continue
-            entry = mm.pt.get(page)
-            if entry & f.PTE_PRESENT and not entry & f.PTE_SPECIAL:
-                mm.machine.frames.word[(entry & f.PFN_MASK) >> PAGE_SHIFT] |= fr.PG_DIRTY
+        first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+        if last - first <= _FEW:
+            word, get = mm.machine.frames.word, mm.pt.get
+            for page in range(first, last):
+                if mask is not None and not mask[page - first]:
+                    continue
+                entry = get(page)
+                if entry & (f.PTE_PRESENT | f.PTE_SPECIAL) == f.PTE_PRESENT:
+                    word[(entry & f.PFN_MASK) >> PAGE_SHIFT] |= fr.PG_DIRTY
+            return
+        wanted = None if mask is None else np.asarray(mask, np.bool_)
+        words = mm.machine.frames.words
+        for page, entries in mm.pt.runs(first, last):
+            able = (entries & _MEMORY) == PRESENT
+            if wanted is not None:
+                able &= wanted[page - first : page - first + len(entries)]
+            words[frames_of(entries[able])] |= _PG_DIRTY
+        for page, entry in self._huge_entries(first, last):
+            head = (entry & f.PFN_MASK) >> PAGE_SHIFT
+            low, high = max(first, page), min(last, page + 512)
+            part = words[head + low - page : head + high - page]
+            if wanted is None:
+                part |= _PG_DIRTY
+            else:
+                part[wanted[low - first : high - first]] |= _PG_DIRTY
 
     def mark_young(self, start: int, end: int) -> None:
         """Tell reclaim that the device has used these pages (mark_page_accessed)."""
         mm = self.mm
-        for _, entries in mm.pt.runs(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
+        first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+        mark_accessed = mm.machine.mark_accessed
+        if last - first <= _FEW:
+            get = mm.pt.get
+            for page in range(first, last):
+                # Of a huge page only the first frame is on a list.
+                entry = mm.pt.huge.get(page >> 9, 0) if mm.pt.huge else 0
+                entry = entry or get(page)
+                if entry & (f.PTE_PRESENT | f.PTE_SPECIAL) == f.PTE_PRESENT:
+                    mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+            return
+        for _, entry in self._huge_entries(first, last):
+            mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+        for _, entries in mm.pt.runs(first, last):
             for entry in entries[(entries & PRESENT) != 0].tolist():
                 if not entry & f.PTE_SPECIAL:
-                    mm.machine.mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+                    mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+
+    def _huge_entries(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """(first page, entry) of the 2 MiB of memory that meet pages [first, last)."""
+        huge = self.mm.pt.huge
+        if huge:
+            for index in list(self.mm.pt.indices(first, last)):
+                if not huge.get(index, f.PTE_SPECIAL) & f.PTE_SPECIAL:
+                    yield index << 9, huge[index]
 
     def regions(self, start: int, end: int) -> Iterator[Region]:
         """The mappings that meet [start, end), ascending. A lock-free look: a hint."""

@@ -179,7 +179,7 @@ def direct_map(
     assert primary is not None
     used(primary, slot.address(gfn), PAGE_SIZE, dirty=host_writable and vm.dirty_at_map)
     if vm.prefetches and not vm.mmu.invalidate_in_progress:
-        _prefetch(vm, vcpu, primary, gfn)
+        _prefetch(vm, slot, primary, gfn)
     return FaultResult.FIXED
 
 
@@ -239,7 +239,7 @@ def used(primary: Primary, address: int, size: int, *, dirty: bool) -> None:
         primary.set_dirty(address, address + size)
 
 
-def _prefetch(vm: VirtualMachine, vcpu: VCpu, primary: Primary, gfn: int) -> None:
+def _prefetch(vm: VirtualMachine, slot: MemorySlot, primary: Primary, gfn: int) -> None:
     """Map the unmapped runs of the aligned pages around one, as far as the host can write them.
 
     A run of which not even the first page can be mapped ends the attempt; so does one that begins
@@ -247,23 +247,35 @@ def _prefetch(vm: VirtualMachine, vcpu: VCpu, primary: Primary, gfn: int) -> Non
     """
     first = gfn & -PREFETCH
     start = -1
-    for near in range(first, first + PREFETCH + 1):
-        if near < first + PREFETCH and not _present(vm, near):
+    for near, present in enumerate(_presence(vm, slot, first), first):
+        if not present:
             if start < 0:
                 start = near
         elif start >= 0:
-            if not _prefetch_run(vm, vcpu, primary, start, near):
+            if not _prefetch_run(vm, slot, primary, start, near):
                 return
             start = -1
+    if start >= 0:
+        _prefetch_run(vm, slot, primary, start, first + PREFETCH)
 
 
-def _present(vm: VirtualMachine, gfn: int) -> bool:
-    slot = vm.memslots.find(gfn)
-    return slot is not None and slot.table.entry(gfn - slot.base) != 0
+def _presence(vm: VirtualMachine, slot: MemorySlot, first: int) -> list[int]:
+    """Which of the aligned pages from gfn `first` on are mapped; 0 for each that is not."""
+    table, page = slot.table, first - slot.base
+    if page >= 0 and page + PREFETCH <= slot.pages and not table.pages_2m:
+        leaf = table.leaf
+        return [leaf[at] & PRESENT for at in range(page, page + PREFETCH)]
+    found = []
+    for gfn in range(first, first + PREFETCH):
+        other = vm.memslots.find(gfn)
+        found.append(other.table.entry(gfn - other.base) if other is not None else 0)
+    return found
 
 
-def _prefetch_run(vm: VirtualMachine, vcpu: VCpu, primary: Primary, first: int, last: int) -> bool:
-    slot = vm.memslots.find(first)
+def _prefetch_run(
+    vm: VirtualMachine, near: MemorySlot, primary: Primary, first: int, last: int
+) -> bool:
+    slot = near if near.base <= first < near.end else vm.memslots.find(first)
     if slot is None or last > slot.end or slot.flags & (LOG_DIRTY_PAGES | READONLY | INVALID):
         return False
     table, counters = slot.table, vm.counters
