@@ -33,6 +33,7 @@ MmuNotifyError
 │   ├── NotExplorable (RuntimeError)   threads, sockets, processes, foreign event loops
 │   └── FaultInjected                  a fault point was told to fail
 ├── RecordingError (ValueError)        a file does not hold a recording
+├── RecorderError (RuntimeError)       a program cannot be recorded, or not in this way
 └── PluginError                        a driver plugin cannot be used
     ├── DriverNotFound (LookupError)   nobody installed offers a driver of that name
     ├── DriverConflict                 several distributions offer one name
@@ -204,6 +205,10 @@ class FaultInjected(ExplorerError):
 
 class RecordingError(MmuNotifyError, ValueError):
     """A file does not hold the recording that it should."""
+
+
+class RecorderError(MmuNotifyError, RuntimeError):
+    """A program cannot be recorded, or a kernel does not offer what that would take."""
 
 
 class PluginError(MmuNotifyError):

@@ -37,6 +37,11 @@ app.command(
     help="Hold the software model to what a kernel did.",
 )
 app.command(
+    "mmunotify.cli.record:record",
+    name="record",
+    help="Run a command, and record what it does to its memory and what the kernel announces.",
+)
+app.command(
     "mmunotify.cli.replay:replay",
     name="replay",
     help="Replay recorded programs into the software model, and print what a driver was told.",
@@ -50,8 +55,11 @@ app.command(
 
 def run() -> int | str:
     """Run the command line of this process; the exit status, or the line that explains it."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    words = sys.argv[1:]
+    # What follows `--` is somebody else's command line.
+    own = words.index("--") if "--" in words else len(words)
+    arguments = [word for word in words[:own] if word != "--debug"] + words[own:]
+    debug = len(arguments) < len(words)
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.DEBUG if debug else logging.CRITICAL

@@ -1,0 +1,111 @@
+"""`mmunotify record`: a program's memory, as the kernel saw it, in a file that can be replayed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from mmunotify.errors import RecorderError
+from mmunotify.traces.record import residue
+from mmunotify.traces.record.means import kernel_route
+from mmunotify.traces.record.recorder import record as record_command
+from mmunotify.traces.record.tracefs import TraceFs
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from mmunotify.traces.record.recorder import Outcome, Progress
+
+
+def record(
+    *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    buffer: int = 32,
+    quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative="")] = False,
+    cleanup: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Run a command, and record what it and its children do to their memory.
+
+    As root, with tracefs: system calls on memory, page faults, forks and execs; with /dev/kvm also
+    what the kernel announces to its MMU notifiers. What is missing is said, and what it costs. The
+    recording ends when all processes have; Ctrl-C ends it earlier.
+
+    The exit status is the command's.
+
+    Parameters
+    ----------
+    command
+        What to run; after `--` if it has options.
+    output
+        The recording to write; compressed if its name ends in .xz.
+    buffer
+        MiB of kernel memory per processor and ring, for what happens while nobody can read.
+    quiet
+        Show no counters while it runs.
+    cleanup
+        Instead of recording: remove what recorders have left that were killed.
+    """
+    if cleanup:
+        if command or output:
+            raise RecorderError("--cleanup: expected no command and no output beside it")
+        return _clean_up()
+    if not command:
+        raise RecorderError("expected a command: mmunotify record -o FILE -- COMMAND...")
+    if output is None:
+        raise RecorderError("expected -o FILE: where to write the recording")
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        means = kernel_route(stack, _say)
+        for pid in residue.recorders(means.tracefs.instances()):
+            _say(f"process {pid} is recording too: each slows the other down")
+        counters = console.status("starting")
+        shown = not quiet and console.is_terminal
+        if shown:
+            stack.enter_context(counters)
+        outcome = record_command(
+            command, output, means, buffer_mib=buffer, show=lambda now: _show(counters, now)
+        )
+    _sum_up(output, outcome)
+    return outcome.status
+
+
+def _say(line: str) -> None:
+    print(f"mmunotify record: {line}", file=sys.stderr, flush=True)
+
+
+def _show(counters: Status, now: Progress) -> None:
+    counts = [f"{now.events[0]:,} events"]
+    if len(now.events) > 1:
+        counts.append(f"{now.events[1]:,} announcements and counters")
+    counts.append(f"{now.copied >> 20:,} MiB")
+    counts.append(f"{now.lost:,} lost")
+    counters.update(f"{now.seconds:.1f} s: {', '.join(counts)}")
+
+
+def _sum_up(output: Path, outcome: Outcome) -> None:
+    _say(f"{output}: {outcome.events:,} events of {outcome.processes:,} processes")
+    if sum(outcome.lost):
+        _say(f"{sum(outcome.lost):,} events were lost: record again with a larger --buffer")
+    for path, reason, count in outcome.unobserved:
+        _say(f"{count} x {path}: announcements are missing ({reason})")
+    if outcome.running:
+        _say("the command still runs, and is no longer recorded")
+
+
+def _clean_up() -> int:
+    with ExitStack() as stack:
+        try:
+            tracefs = stack.enter_context(TraceFs())
+        except RecorderError:
+            tracefs = None
+        removed = residue.remove(tracefs)
+    for name in removed:
+        _say(f"removed {name}")
+    if not removed:
+        _say("nothing to remove")
+    return 0

@@ -1,0 +1,1 @@
+"""Recording programs: what a kernel tells of them, put together into one recording."""

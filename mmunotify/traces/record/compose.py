@@ -1,0 +1,206 @@
+"""Events in the order of time into the lines of a recording.
+
+Left out is what comes before the program's own execve, and what others did to memory that is not
+the program's. The kernel names the owner of memory only by what follows: a counter of its address
+space, whose number is known when it was first counted in a fork or an execve of the tree.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from .spans import Spans
+from .syscalls import BY_NUMBER
+from .tree import Tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .timeline import Events
+    from .writer import RecordingWriter
+
+VCPU: Final = "anon_inode:kvm-vcpu"
+"""The path of the mapping that keeps a VM alive begins with this."""
+FAILED: Final = "!"
+"""The letter of an event that is no line: there can be no VM, and its text says why."""
+_ERRORS: Final = (1 << 64) - 4095
+_SIGN: Final = 1 << 63
+_MAKERS: Final = frozenset(("fork", "vfork", "clone", "clone3", "execve", "execveat"))
+"""Calls in which an address space is counted for the first time."""
+_EXECS: Final = frozenset(("execve", "execveat"))
+_PLACERS: Final = {"mmap": 1, "mremap": 2}
+"""Calls that return where something is mapped, and which argument says how much."""
+
+
+class Composer:
+    """One recording being put together; `began` is the time that the first line counts from."""
+
+    def __init__(self, writer: RecordingWriter, root: int, began: int) -> None:
+        self._writer = writer
+        self._micros = began // 1000
+        self._root = root
+        self.tree: Final = Tree(root)
+        self.foreign = 0
+        """Announcements in the kernel's trace that were about somebody else's memory."""
+        self._started = False
+        self._entries: list[tuple[int, str] | None] = []
+        self._calls: Final[dict[int, tuple[str, list[int]]]] = {}
+        self._programs: Final[dict[int, str]] = {}
+        self._last: Final[dict[int, int | None]] = {}
+        self._spaces: Final[set[int]] = set()
+        self._mapped: Final = Spans()
+        self._do: Final[dict[str, Callable[[int, int, list[int], str | None], str | None]]] = {
+            ">": self._enter,
+            "<": self._leave,
+            "f": self._fault,
+            "F": self._kernel_fault,
+            "n": self._clone,
+            "x": self._exec,
+            "e": self._exit,
+            "o": self._map,
+            "v": self._copied,
+            FAILED: self._failed,
+            "u": self._announce,
+            "a": self._age,
+            "t": self._test,
+            "m": self._count,
+        }
+
+    def compose(self, batches: Iterable[Events]) -> None:
+        """Write everything down. Raises RecorderError where there is no room."""
+        for events in batches:
+            self._last.clear()
+            for time, kind, tid, values, text in events.rows():
+                if not self._started:
+                    self._started = self._starts(kind, tid, values)
+                    if not self._started:
+                        continue
+                do = self._do.get(kind)
+                line = do(tid, len(self._entries), values, text) if do is not None else None
+                if line is not None:
+                    self._entries.append((time // 1000, f"{kind} {tid}{line}"))
+            self._flush()
+
+    def _starts(self, kind: str, tid: int, values: list[int]) -> bool:
+        if kind != ">" or tid != self._root:
+            return False
+        call = BY_NUMBER.get(values[0])
+        return call is not None and call.name in _EXECS
+
+    def _flush(self) -> None:
+        lines = []
+        micros = self._micros
+        for entry in self._entries:
+            if entry is not None:
+                now = max(entry[0], micros)
+                lines.append(f"{now - micros} {entry[1]}")
+                micros = now
+        self._micros = micros
+        self._entries = []
+        self._writer.write(lines)
+
+    # ------------------------------------------------------------------ one event each
+
+    def _enter(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        call = BY_NUMBER.get(values[0])
+        if call is None or tid not in self.tree or self.tree.narrow(tid):
+            return None
+        arguments = values[1 : 1 + call.arguments]
+        self._calls[tid] = call.name, arguments
+        return f" {call.name} {' '.join([f'{value:x}' for value in arguments])}"
+
+    def _leave(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        call = BY_NUMBER.get(values[0])
+        if call is None or tid not in self.tree or self.tree.narrow(tid):
+            return None
+        _, arguments = self._calls.pop(tid, ("", []))
+        result = values[1]
+        if call.name in _PLACERS and result < _ERRORS and arguments:
+            self._mapped.add(result, result + arguments[_PLACERS[call.name]])
+        return f" {call.name} {result:x}"
+
+    def _fault(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        return f" {values[0]:x} {values[1]:x} {values[2]:x}"
+
+    def _kernel_fault(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        return f" {values[0]:x} {values[1]:x}"
+
+    def _clone(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree:
+            return None
+        self.tree.cloned(tid, values[0], values[1])
+        return f" {values[0]} {values[1]:x}"
+
+    def _exec(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree:
+            return None
+        self.tree.executed(tid, self._programs.pop(tid, text or ""))
+        return f" {text}"
+
+    def _exit(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree:
+            return None
+        self._calls.pop(tid, None)
+        self.tree.exited(tid)
+        return ""
+
+    def _map(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree or text is None:
+            return None
+        start, end, _, _, _, path = text.split(" ", 5)
+        self._mapped.add(int(start, 16), int(end, 16))
+        if path.startswith(VCPU):
+            self.tree.observed(tid)
+        elif path.startswith("/") and self._calls.get(tid, ("",))[0] in _EXECS:
+            self._programs.setdefault(tid, path)
+        return f" {text}"
+
+    def _copied(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree or text is None:
+            return None
+        _, start, end, _ = text.split(" ", 3)
+        self._mapped.add(int(start, 16), int(end, 16))
+        return f" {text}"
+
+    def _failed(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        self.tree.observed(tid, f"no VM: {text}")
+        return None
+
+    def _announce(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid in self.tree:
+            self._last[tid] = None
+        elif values[0] in self._mapped:
+            self._last[tid] = at
+        else:
+            self._last.pop(tid, None)
+            self.foreign += 1
+            return None
+        return f" {values[0]:x} {values[1]:x}"
+
+    def _age(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree and values[0] not in self._mapped:
+            return None
+        self._last[tid] = None
+        return f" {values[0]:x} {values[1]:x}"
+
+    def _test(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        if tid not in self.tree and values[0] not in self._mapped:
+            return None
+        return f" {values[0]:x}"
+
+    def _count(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+        identity, member, size = values[:3]
+        known = identity in self._spaces
+        if not known and tid in self.tree and self._calls.get(tid, ("",))[0] in _MAKERS:
+            self._spaces.add(identity)
+        elif tid in self._last:
+            announced = self._last.pop(tid)
+            if announced is not None and not known:
+                # It was about memory of somebody else, which has the same addresses.
+                self._entries[announced] = None
+                self.foreign += 1
+                return None
+        else:
+            return None
+        self._last.pop(tid, None)
+        return f" {identity:x} {member} {size - 2 * (size & _SIGN)}"

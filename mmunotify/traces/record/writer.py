@@ -1,0 +1,79 @@
+"""A recording as a file: the header, which counts the lines, and the lines.
+
+They are kept in a file without a name until the last one is known, so that a recorder that is
+killed leaves nothing. FILE appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import tempfile
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from mmunotify.errors import RecorderError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+    from typing import BinaryIO
+
+FORMAT: Final = 1
+"""The version of the format. A file that does not say is of the first."""
+_CHUNK: Final = 1 << 18
+_PRESET: Final = 3
+
+
+class RecordingWriter:
+    """Lines, and the file that they become. Raises RecorderError where there is no room."""
+
+    def __init__(self, path: Path) -> None:
+        self.path: Final = path
+        self.events = 0
+        """Lines so far."""
+        with no_room(path):
+            self._body: Final[BinaryIO] = scratch(path)
+
+    def write(self, lines: list[str]) -> None:
+        """Append some lines, each without its newline."""
+        if not lines:
+            return
+        text = "\n".join(lines) + "\n"
+        with no_room(self.path):
+            self._body.write(text.encode(errors="surrogateescape"))
+        self.events += len(lines)
+
+    def finish(self, header: Mapping[str, Any]) -> None:
+        """Write the file: compressed if its name ends in .xz."""
+        first = json.dumps({"format": FORMAT, **header, "events": self.events})
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with no_room(self.path):
+                compressed = self.path.suffix == ".xz"
+                with (
+                    lzma.open(part, "wb", preset=_PRESET) if compressed else part.open("wb") as out
+                ):
+                    out.write(f"#{first}\n".encode())
+                    self._body.seek(0)
+                    while chunk := self._body.read(_CHUNK):
+                        out.write(chunk)
+                part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+            self._body.close()
+
+
+def scratch(path: Path) -> BinaryIO:
+    """A file without a name beside the one that will be written."""
+    return tempfile.TemporaryFile(dir=path.parent)
+
+
+@contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    """Say which recording it was that could not be written."""
+    try:
+        yield
+    except OSError as error:
+        raise RecorderError(f"{path}: cannot be written: {error.strerror}") from error
