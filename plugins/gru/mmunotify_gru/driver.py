@@ -1,47 +1,341 @@
-"""A driver in the place of the SGI GRU's: it is told what gru_mmuops would be, and counts it.
+"""The driver of one address space: what it is told, and its translations (gru_mm_struct).
 
-It drives no TLB, so it has nothing to flush. Which callbacks the GRU implements:
-drivers/misc/sgi-gru/grutlbpurge.c.
+The GRU has no page table: its TLB is all the translations that there are, and every miss comes to
+the operating system. So the driver keeps nothing but which ASID the address space has on which
+chiplet, and which sections are open. An invalidation of a range goes to the TLB of every chiplet
+where a context of the address space is loaded; where none is any more, the ASID is given up, so
+that the next context gets a fresh one.
+
+Attached by `register` it is a device that replay can use. `Gru.open` gets it for a user
+(`Notifiers.get`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING, Final
+from itertools import cycle
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from mmunotify import AtomicDriver, Log, define_event
+from mmunotify import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, AtomicDriver, BadAddress
+
+from . import events
+from .asids import MmAsid
+from .errors import ContextClosed, GruError, InstructionException
+from .faults import Faults
+from .flush import purges
+from .gru import Gru
+from .gts import Gts
+from .hardware.cch import MissMode
+from .hardware.geometry import PURGE_ALL, REGIONS, tag_of
+from .hardware.instructions import Cause, CbStatus, Exop, Instruction, Opcode, Xtype
+from .options import GruOptions
+from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from mmunotify import Range
+    from collections.abc import Callable, Iterable, Iterator
 
-COUNTED: Final = define_event(
-    "gru_counted",
-    "info",
-    "driver pages invalidate_range_start invalidate_range_end",
-    "At release: how often each callback was called, and the pages that the starts announced.",
-)
+    from mmunotify import Primary, Range, Translation
+
+    from .hardware.tgh import Dropped
+    from .state import GruState
+
+_HUGE: Final = 1 << PMD_SHIFT - PAGE_SHIFT
+_ALL: Final = PURGE_ALL - 1
+_DEFAULTS: Final = GruOptions()
 
 
 class GruDriver(AtomicDriver):
-    """Counts its callbacks, and the pages that starts announce; logs the counters at release.
+    """What one address space has on a GRU: on `gru`, or on one of its own that `options` describe.
 
-    `logger` is a structlog logger.
+    The other options are those of the contexts that `access` and `fault` use.
     """
 
-    def __init__(self, logger: object = None) -> None:
-        self.counters: Final[Counter[str]] = Counter()
-        """Calls by callback; `pages` is the sum of the pages of all starts."""
-        self._log = Log(logger, driver="gru")
+    faults_type: ClassVar[type[Faults]] = Faults
+    asid_type: ClassVar[type[MmAsid]] = MmAsid
+    purges: ClassVar[Callable[..., list[tuple[int, int]]]] = staticmethod(purges)
+
+    def __init__(self, options: GruOptions = _DEFAULTS, *, gru: Gru | None = None) -> None:
+        self.options: Final = options
+        self.gru: Final = gru or Gru(
+            blades=options.blades,
+            tlb=options.tlb,
+            assign_delay=options.assign_delay,
+            steal_delay=options.steal_delay,
+        )
+        self.statistics: Final = Statistics()
+        self.faults: Final = self.faults_type(self)
+        self.contexts: Final[list[Gts]] = []
+        """Of all users of this address space, loaded or not."""
+        self.asids: Final[dict[GruState, MmAsid]] = {}
+        """By chiplet, once it had one there (ms_asids)."""
+        self.asidmap: Final[dict[GruState, MmAsid]] = {}
+        """Those where it may have translations (ms_asidmap)."""
+        self.sections: Final[list[tuple[int, int]]] = []
+        """[start, end) of the open sections (the original has their number, ms_range_active)."""
+        self.installed = 0
+        self.mapped = 0
+        self.flushes = 0
+        self.refaults = 0
+        self.retries = 0
+        self._dropped: Final[set[int]] = set()
+        """Pages whose translations were dropped and not made again."""
+        self._memory: Primary | None = None
+        self._used: list[Gts] = []
+        """The contexts that `access` and `fault` use."""
+        self._turns: Iterator[Gts] | None = None
+        self._turn: Gts | None = None
+        self._exited = False
+
+    @property
+    def memory(self) -> Primary:
+        """The address space. Raises GruError if the owner of its notifiers gave none."""
+        if self._memory is None:
+            raise GruError(f"{self.serves}: expected Notifiers(primary=...), to translate with")
+        return self._memory
+
+    # ------------------------------------------------------------------ what it is told
+
+    def attach(self, primary: Primary | None) -> None:
+        """Learn the address space."""
+        self._memory = primary
+        self.statistics.gms_alloc += 1
+        self.gru.drivers.append(self)
 
     def invalidate_range_start(self, rng: Range) -> None:
-        """Count the section and its pages."""
-        self.counters["invalidate_range_start"] += 1
-        self.counters["pages"] += rng.pages
+        """Drop the range from every TLB; nothing of it gets in before the end."""
+        self.statistics.mmu_invalidate_range += 1
+        self.sections.append((rng.start, rng.end))
+        if self.asidmap:
+            self.flush_tlb_range(rng.start, rng.end)
 
     def invalidate_range_end(self, rng: Range) -> None:
-        """Count the section's end."""
-        self.counters["invalidate_range_end"] += 1
+        """Let translations in again, and serve the misses that have waited for it."""
+        self.sections.remove((rng.start, rng.end))
+        if self.faults.waiters:
+            self.faults.section_over()
 
     async def release(self) -> None:
-        """Log the counters."""
-        self._log.emit(COUNTED, **self.counters)
+        """The address space goes: unload its contexts, of which no translation is left behind."""
+        self._exited = True
+        for gts in self.contexts[:]:
+            gts.closing = True
+            if gts.state is not None:
+                self.gru.unload(gts)
+        self.faults.wake_all()
+        self._turns = None
+        while self._used:
+            self._used.pop().drop()
+        for state, tracker in [*self.asidmap.items()]:
+            self._give_up(state, tracker, 0, 0)
+        self._leave()
+
+    def free(self) -> None:
+        """The last user has put it."""
+        self._leave()
+
+    def _leave(self) -> None:
+        if self in self.gru.drivers:
+            self.statistics.gms_free += 1
+            self.gru.retire(self)
+            counted = {name: count for name, count in self.statistics.as_dict().items() if count}
+            self.gru.log.emit(events.RELEASED, mm=self.serves, statistics=counted)
+
+    # ------------------------------------------------------------------ sections
+
+    def covered(self, address: int, size: int) -> bool:
+        """Whether an open section has an address of [address, address + size)."""
+        sections = self.sections
+        return bool(sections) and any(
+            start < address + size and address < end for start, end in sections
+        )
+
+    # ------------------------------------------------------------------ flushing
+
+    def flush_tlb_range(self, start: int, end: int) -> None:
+        """Drop [start, end), in bytes, from the TLBs that may have it (gru_flush_tlb_range)."""
+        statistics = self.statistics
+        statistics.flush_tlb += 1
+        before = self.mapped
+        single = len(self.asidmap) == 1
+        seen: set[int] = set()
+        for state, tracker in [*self.asidmap.items()]:
+            statistics.flush_tlb_gru += 1
+            if tracker.contexts and tracker.asid:
+                self._purge(state, tracker, start, end, None if single else seen)
+            else:
+                self._give_up(state, tracker, start, end)
+        if self.mapped != before:
+            self.flushes += 1
+
+    def _purge(
+        self, state: GruState, tracker: MmAsid, start: int, end: int, seen: set[int] | None
+    ) -> None:
+        everything = False
+        for address, field in self.purges(start, end):
+            self.statistics.flush_tlb_gru_tgh += 1
+            everything = field == _ALL
+            dropped = state.take_tgh().invalidate(
+                address, tracker.asid, PAGE_SHIFT, field, tracker.contexts
+            )
+            if dropped.pages or dropped.huge:
+                self._count_dropped(dropped, start, end, seen)
+        if tracker.huge and not everything:
+            for address, field in self.purges(start, end, PMD_SHIFT):
+                self.statistics.flush_tlb_gru_tgh += 1
+                dropped = state.take_tgh().invalidate(
+                    address, tracker.asid, PMD_SHIFT, field, tracker.contexts
+                )
+                if dropped.pages or dropped.huge:
+                    self._count_dropped(dropped, start, end, seen)
+
+    def _give_up(self, state: GruState, tracker: MmAsid, start: int, end: int) -> None:
+        """Flush later: nobody is loaded there, and nobody will run under this ASID again."""
+        self.statistics.flush_tlb_gru_zero_asid += 1
+        for region in range(REGIONS):
+            for entry in state.chiplet.tlb.of_tag(tracker.asid + region):
+                pages = range(
+                    entry.address >> PAGE_SHIFT, (entry.address + entry.size) >> PAGE_SHIFT
+                )
+                self._dropped.update(pages)
+                self.mapped += sum(start <= page << PAGE_SHIFT < end for page in pages)
+        tracker.asid = 0
+        tracker.huge = False
+        del self.asidmap[state]
+
+    def _count_dropped(self, dropped: Dropped, start: int, end: int, seen: set[int] | None) -> None:
+        pages: Iterable[int] = dropped.pages
+        if dropped.huge:
+            pages = {*pages, *(page for huge in dropped.huge for page in _pages_of(huge))}
+        self._dropped.update(pages)
+        first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+        inside = [page for page in pages if first <= page < last]
+        if seen is None:
+            self.mapped += len(inside)
+        else:
+            # The same page may be in the TLBs of several chiplets.
+            before = len(seen)
+            seen.update(inside)
+            self.mapped += len(seen) - before
+
+    def count_installed(self, entry: Translation, huge_on: GruState | None) -> None:
+        """A translation gets into the TLB of a chiplet, which is named if it may be a huge one."""
+        page = entry.address >> PAGE_SHIFT
+        if entry.size == PAGE_SIZE:
+            self.installed += 1
+            if page in self._dropped:
+                self._dropped.discard(page)
+                self.refaults += 1
+            return
+        assert huge_on is not None
+        self.asids[huge_on].huge = True
+        pages = set(range(page, page + (entry.size >> PAGE_SHIFT)))
+        self.installed += len(pages)
+        self.refaults += len(self._dropped & pages)
+        self._dropped.difference_update(pages)
+
+    # ------------------------------------------------------------------ ASIDs
+
+    def load_tracker(self, state: GruState, context: int) -> int:
+        """The ASID for a context that is loaded as number `context` (gru_load_mm_tracker)."""
+        tracker = self.asids.get(state)
+        if tracker is None:
+            tracker = self.asids[state] = self.asid_type()
+        if tracker.usable(state.asids.generation):
+            self.statistics.asid_reuse += 1
+        else:
+            generation = state.asids.generation
+            tracker.asid = state.asids.assign(self.statistics)
+            tracker.generation = state.asids.generation
+            tracker.huge = False
+            self.statistics.asid_new += 1
+            if tracker.generation != generation:
+                self.gru.log.emit(
+                    events.ASID_WRAP,
+                    chiplet=state.chiplet.number,
+                    generation=tracker.generation,
+                )
+        tracker.contexts |= 1 << context
+        self.asidmap[state] = tracker
+        return tracker.asid
+
+    def unload_tracker(self, state: GruState, context: int) -> None:
+        """A context goes; what it has left in the TLB is flushed when somebody asks for it."""
+        self.asids[state].contexts &= ~(1 << context)
+
+    # ------------------------------------------------------------------ the device of a replay
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """See `mmunotify.Device`, and `Statistics` for the others."""
+        return {
+            "installed": self.installed,
+            "mapped": self.mapped,
+            "flushes": self.flushes,
+            "refaults": self.refaults,
+            "retries": self.retries,
+            **self.statistics.as_dict(),
+        }
+
+    def access(self, address: int, *, write: bool = False) -> bool:
+        """Whether the next of the program's contexts has a translation that allows this."""
+        if self._turns is None:
+            return False
+        self._turn = gts = next(self._turns)
+        cch = gts.cch
+        return (
+            cch is not None
+            and cch.chiplet.tlb.lookup(tag_of(cch.asid, address), address, write) is not None
+        )
+
+    async def fault(self, address: int, *, write: bool = False) -> None:
+        """Have the context that was asked last execute something that needs the translation.
+
+        A load is a flush of one cache line, and a store an atomic OR of nothing: no byte changes.
+        """
+        if self._exited:
+            raise ContextClosed(f"{self.serves}: the address space has exited")
+        if self._turns is None:
+            self._open_contexts()
+        gts = self._turn
+        assert gts is not None
+        if write:
+            instruction = Instruction(
+                Opcode.GAMER, address & ~3, xtype=Xtype.W, exop=Exop.OR, operand1=0
+            )
+        else:
+            instruction = Instruction(Opcode.VFLUSH, address, xtype=Xtype.B)
+        if not gts.cbrs:
+            await self.gru.touch(gts)
+        cbr = gts.cbrs[0]
+        cbr.start(instruction)
+        if cbr.status is CbStatus.IDLE:
+            return
+        try:
+            await self.gru.wait(gts, 0)
+        except InstructionException as stopped:
+            if stopped.cause is not Cause.OS_FATAL_TLB_FAULT:
+                raise
+            raise BadAddress(
+                f"fault({address:#x}) in {self.serves}: the process has nothing there that a "
+                f"{'store' if write else 'load'} may use",
+                address=address,
+            ) from stopped
+
+    def _open_contexts(self) -> None:
+        for number in range(self.options.contexts):
+            gts = Gts(
+                self,
+                f"{self.serves}/device{number}",
+                cbrs=2,
+                dseg=1024,
+                miss_mode=MissMode(self.options.miss),
+                preload=self.options.preload,
+            )
+            self.gru.try_load(gts)
+            self._used.append(gts)
+        self._turns = cycle(self._used)
+        self._turn = next(self._turns)
+
+
+def _pages_of(huge: int) -> range:
+    """The small pages of a huge one, by their numbers."""
+    return range(huge * _HUGE, (huge + 1) * _HUGE)

@@ -1,11 +1,14 @@
+"""The driver as the registry, the notifiers and a replay see it."""
+
 from __future__ import annotations
 
+import pytest
 import structlog
 from structlog.testing import LogCapture
 
 import mmunotify as mn
-from mmunotify_gru import DRIVER
-from mmunotify_gru.driver import GruDriver
+from mmunotify.model import Machine
+from mmunotify_gru import DRIVER, Gru, GruDriver, GruOptions
 
 
 def test_spec_fits_the_driver() -> None:
@@ -13,45 +16,94 @@ def test_spec_fits_the_driver() -> None:
     assert mn.Registry.for_testing([DRIVER]).factory("gru") is GruDriver
 
 
-async def test_counts_callbacks_and_pages() -> None:
-    """Starts, ends and pages of everything that the address space announces are counted."""
-    notifiers = mn.Notifiers()
-    driver = GruDriver()
-    async with notifiers.attached(driver):
-        await notifiers.invalidate(mn.Range(0x1000, 0x4000))
-        await notifiers.invalidate(mn.Range(0x9000, 0xA000, mn.Event.CLEAR))
-    assert driver.counters == {
-        "invalidate_range_start": 2,
-        "invalidate_range_end": 2,
-        "pages": 4,
-    }
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"contexts": 0}, "contexts is 0: expected at least 1"),
+        ({"tlb": -1}, "tlb is -1: expected at least 1"),
+        ({"miss": "never"}, "miss is 'never': expected interrupt or poll"),
+        ({"context": 2}, "no option 'context': did you mean 'contexts'"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], expected: str) -> None:
+    """What is wrong with an option is said with its name."""
+    with pytest.raises(mn.DriverConfigError, match=expected):
+        mn.Registry.for_testing([DRIVER]).create("gru", **options)
 
 
-async def test_counts_nothing_once_unregistered() -> None:
-    """What is invalidated after the driver has left does not reach it."""
-    notifiers = mn.Notifiers()
-    driver = GruDriver()
-    async with notifiers.attached(driver):
-        pass
-    await notifiers.invalidate(mn.Range(0x1000, 0x4000))
-    assert not driver.counters
+async def test_is_a_device() -> None:
+    """Accesses miss until the page is served, and again when it was invalidated."""
+    async with Machine(frames=1 << 10) as machine:
+        mm = machine.new_mm()
+        heap = await mm.mmap(1 << 16)
+        await mm.touch(heap, 1 << 16, write=True)
+        driver = GruDriver(GruOptions(contexts=1))
+        assert isinstance(driver, mn.Device)
+        async with mm.attached(driver):
+            assert not driver.access(heap)
+            await driver.fault(heap)
+            assert driver.access(heap)
+            assert not driver.access(heap, write=True)
+            await driver.fault(heap, write=True)
+            assert driver.access(heap, write=True)
+            await mm.madvise(heap, 4096, "dontneed")
+            assert not driver.access(heap)
+            await driver.fault(heap)
+            with pytest.raises(mn.BadAddress):
+                await driver.fault(1 << 12)
+            counters = driver.counters
+        names = ("installed", "mapped", "flushes", "refaults", "retries")
+        assert [counters[name] for name in names] == [3, 1, 1, 1, 0]
 
 
-async def test_logs_the_counters_at_release() -> None:
+async def test_every_context_has_its_turn() -> None:
+    """Contexts on two chiplets have two TLBs, and accesses go round them."""
+    async with Machine(frames=1 << 10) as machine:
+        mm = machine.new_mm()
+        heap = await mm.mmap(1 << 16)
+        driver = GruDriver(GruOptions(contexts=2))
+        async with mm.attached(driver):
+            hits = []
+            for _ in range(4):
+                hits.append(driver.access(heap))
+                if not hits[-1]:
+                    await driver.fault(heap)
+        assert hits == [False, False, True, True]
+
+
+async def test_leaves_nothing_behind() -> None:
+    """After release no context is loaded and nothing of the address space can be looked up."""
+    async with Machine(frames=1 << 10) as machine:
+        mm = machine.new_mm()
+        heap = await mm.mmap(1 << 16)
+        gru = Gru()
+        driver = GruDriver(gru=gru)
+        async with mm.attached(driver):
+            await driver.fault(heap)
+            assert [state.active for state in gru.states] == [1, 1]
+        assert [state.active for state in gru.states] == [0, 0]
+        assert not driver.access(heap)
+        assert gru.drivers == []
+        assert gru.statistics.gts_alloc == gru.statistics.gts_free == 2
+
+
+async def test_logs_its_counters_at_release() -> None:
     """The last thing that the driver does is to log what it has counted."""
     captured = LogCapture()
     logger = structlog.wrap_logger(None, processors=[captured])
-    notifiers = mn.Notifiers()
-    async with notifiers.attached(GruDriver(logger)):
+    notifiers = mn.Notifiers(name="pool")
+    async with notifiers.attached(GruDriver(gru=Gru(logger=logger))):
         await notifiers.invalidate(mn.Range(0x1000, 0x4000))
     (line,) = captured.entries
-    assert (line["event"], line["driver"], line["pages"]) == ("gru_counted", "gru", 3)
+    assert (line["event"], line["driver"], line["mm"]) == ("gru_released", "gru", "pool")
+    assert line["statistics"] == {"gms_alloc": 1, "gms_free": 1, "mmu_invalidate_range": 1}
 
 
 async def test_serves_spinlocks() -> None:
-    """Nothing that the driver does waits, so it can be told under spinlocks."""
+    """Nothing that the callbacks do waits, so they can be told under spinlocks."""
     notifiers = mn.Notifiers(mn.SpinLocks)
     driver = GruDriver()
     async with notifiers.attached(driver):
         with notifiers.invalidating_atomic(mn.Range(0x1000, 0x2000)):
-            assert driver.counters["pages"] == 1
+            assert driver.covered(0x1000, 1)
+        assert not driver.covered(0x1000, 1)
