@@ -359,7 +359,7 @@ def test_right_program_is_exhausted(program: Any, options: dict[str, Any], sched
 
 @pytest.mark.parametrize(
     "strategy",
-    ["dfs", "random", "pct", pytest.param("hypothesis", marks=pytest.mark.long), "sleep sets"],
+    ["dfs", "random", "pct", "hypothesis", "sleep sets"],
 )
 @pytest.mark.parametrize(("program", "options", "kind"), [case.values[:3] for case in BROKEN])
 def test_every_strategy_finds_every_bug(

@@ -33,6 +33,7 @@ STRATEGIES: Final[Mapping[str, Callable[[], Strategy]]] = {
     "pct": PCT,
 }
 _ENDLESS: Final = 10_000
+_STEPS_OF_SHRINKING: Final = 2_000_000
 _OTHERS_BUSINESS: Final = (KeyboardInterrupt, SystemExit, ScheduleMismatch)
 
 
@@ -202,28 +203,36 @@ class Search:
     def _unfair(self) -> str:
         return f"fairness = {self.settings.fairness}"
 
-    def _again(self, choices: Sequence[int], watcher: Watcher | None = None) -> tuple[Path, Any]:
-        """Run one schedule outside the count; its path, and the error that it raised."""
+    def _again(
+        self, choices: Sequence[int], watcher: Watcher | None = None
+    ) -> tuple[Execution, BaseException | None]:
+        """Run one schedule outside the count; and the error that it raised."""
         settings = attrs.evolve(
             self.settings, watcher=watcher, choose=None, decide=None, every_step=False
         )
-        path = Path(choices)
+        execution = Execution(settings, Path(choices))
         if self.lockdep:
             atomic.forget()
         try:
-            Execution(settings, path).run(self.scenario)
+            execution.run(self.scenario)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:
-            return path, _only(error)
-        return path, None
+            return execution, _only(error)
+        return execution, None
 
     def _examine(self, error: BaseException, choices: list[int]) -> Failure:
         """Make the failure simpler, and look at it again, closely."""
 
+        steps = 0
+
         def fails(candidate: list[int]) -> list[int] | None:
-            path, found = self._again(candidate)
-            return path.taken if type(found) is type(error) else None
+            nonlocal steps
+            if steps > _STEPS_OF_SHRINKING:
+                return None
+            execution, seen = self._again(candidate)
+            steps += execution.steps
+            return execution.path.taken if type(seen) is type(error) else None
 
         if self.strategy.shrinks:
             choices = shrink(choices, fails)

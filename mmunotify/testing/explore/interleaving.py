@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -13,7 +14,7 @@ from .code import is_ours, place
 from .traps import running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from types import CodeType, FrameType
 
     from .events import Event
@@ -27,6 +28,8 @@ _LINES_PER_STEP: Final = 12
 _LAST_LINES: Final = 2
 _STEPS: Final = 80
 """Of a longer execution the last ones are shown."""
+_LINES_KEPT: Final = 1_000
+"""Of a step, while it runs; of more the first half and the latest."""
 
 _SILENT: Final = (StopIteration, StopAsyncIteration, GeneratorExit)
 
@@ -43,6 +46,8 @@ class _Step:
     def add(self, depth: int, line: str) -> None:
         if not self.lines or self.lines[-1] != (depth, line):
             self.lines.append((depth, line))
+            if len(self.lines) > _LINES_KEPT:
+                del self.lines[_LINES_KEPT // 2 : -_LAST_LINES]
 
 
 class Recorder:
@@ -52,7 +57,9 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._steps: list[_Step] = []
+        self._steps: deque[_Step] = deque()
+        """The latest; those in which a task did again just the same are one."""
+        self._left_out = 0
         self._chosen: list[str] = []
         self._raised: BaseException | None = None
         self._in_step = False
@@ -75,6 +82,7 @@ class Recorder:
 
     def step_begins(self, task: Task) -> None:
         """Trace what the task does now."""
+        self._tidy()
         self._steps.append(_Step(running.execution.name(task), self._chosen))
         self._chosen = []
         self._tracer = sys.gettrace()
@@ -105,10 +113,23 @@ class Recorder:
                 self._steps[-1].add(0, message.rstrip(": "))
         return self._trace
 
+    def _tidy(self) -> None:
+        """Drop the latest step if it did nothing, or count it if it did what the one before did."""
+        steps = self._steps
+        if steps and not steps[-1].lines and not steps[-1].before:
+            steps.pop()
+        elif len(steps) > 1 and not steps[-1].before:
+            last, latest = steps[-2], steps[-1]
+            if (last.task, last.lines) == (latest.task, latest.lines):
+                last.times += latest.times
+                steps.pop()
+        if len(steps) > _STEPS:
+            self._left_out += steps.popleft().times
+
     def picture(self) -> str:
         """The steps from top to bottom, each task in its column."""
-        steps = _merged(step for step in self._steps if step.lines or step.before)
-        names = list(dict.fromkeys(step.task for step in steps))
+        self._tidy()
+        names = list(dict.fromkeys(step.task for step in self._steps))
         column = max(_NARROWEST, (_WIDTH - 6) // max(1, len(names)))
         stride = column if column * len(names) <= _WIDTH else _OVERLAP
         at = {name: number * stride for number, name in enumerate(names)}
@@ -117,10 +138,10 @@ class Recorder:
         else:
             head = "a column each for " + ", ".join(names)
         rows = [f"step  {head}".rstrip()]
-        number = 1 + sum(step.times for step in steps[:-_STEPS])
-        if number > 1:
-            rows.append(f"      ... {number - 1} steps before")
-        for step in steps[-_STEPS:]:
+        number = 1 + self._left_out
+        if self._left_out:
+            rows.append(f"      ... {self._left_out} steps before")
+        for step in self._steps:
             rows += [f"      {note}" for note in step.before]
             again = [f"... {step.times} such steps in a row"] if step.times > 1 else []
             for line_number, line in enumerate([*_cut(step.lines), *again]):
@@ -129,18 +150,6 @@ class Recorder:
                 rows.append(f"{label}{' ' * at[step.task]}{(who + line)[: _WIDTH - at[step.task]]}")
             number += step.times
         return "\n".join(rows)
-
-
-def _merged(steps: Iterable[_Step]) -> list[_Step]:
-    """Without the steps in which a task does again just what it did in the step before."""
-    merged: list[_Step] = []
-    for step in steps:
-        last = merged[-1] if merged else None
-        if last and not step.before and (last.task, last.lines) == (step.task, step.lines):
-            last.times += 1
-        else:
-            merged.append(step)
-    return merged
 
 
 def _cut(lines: list[tuple[int, str]]) -> Iterator[str]:

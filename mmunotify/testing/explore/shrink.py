@@ -43,6 +43,9 @@ def shrink(choices: list[int], fails: Callable[[list[int]], list[int] | None]) -
             size //= 2
         for place in range(len(best) - 1, -1, -1):
             if place < len(best) and best[place]:
+                improved |= better([0] * place + best[place : place + 1])
+        for place in range(len(best) - 1, -1, -1):
+            if place < len(best) and best[place]:
                 less = [*best[:place], best[place] - 1, *best[place + 1 :]]
                 without = best[:place] + best[place + 1 :]
                 improved |= better(without) or better(less)

@@ -1,9 +1,11 @@
-"""Schedules that Hypothesis draws, and shrinks."""
+"""Schedules that Hypothesis draws."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from math import prod
+from typing import TYPE_CHECKING, Final
 
 from mmunotify.testing.explore.settings import Path
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
     from mmunotify.testing.explore.explore import Search
 
+_MOST: Final = 2_000
+"""Of the choices of a schedule; Hypothesis gives an example up that draws some thousand times."""
+
 
 class Drawn(Strategy):
     """One schedule, whose choices are drawn from the `data` of a Hypothesis test.
@@ -23,6 +28,8 @@ class Drawn(Strategy):
         @given(st.data())
         def test(data):
             explore(scenario, strategy=Drawn(data)).check()
+
+    After 2 000 choices the first option is taken, and the bounds say so.
     """
 
     shrinks = False
@@ -33,10 +40,16 @@ class Drawn(Strategy):
         self._draw = data.draw
         self._options = st.integers
         self._begun = False
+        self._drawn = 0
         self.decide = self.choose
 
     def __repr__(self) -> str:
         return "Drawn()"
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """Choices, if there were more of them."""
+        return (f"choices <= {_MOST}",) if self._drawn > _MOST else ()
 
     def begin(self, path: Path) -> bool:
         """Once."""
@@ -46,6 +59,9 @@ class Drawn(Strategy):
 
     def choose(self, width: int) -> int:
         """What Hypothesis draws; what it raises to end an example is not a failure."""
+        self._drawn += 1
+        if self._drawn > _MOST:
+            return 0
         try:
             return self._draw(self._options(0, width - 1))
         except BaseException as error:
@@ -54,21 +70,25 @@ class Drawn(Strategy):
 
 
 class Hypothesis(Strategy):
-    """Schedules that Hypothesis draws, `examples` of them; a failing one it shrinks.
+    """Schedules that Hypothesis draws, `examples` of them, no two the same.
 
-    It leaves choices that did not matter, tries again what nearly failed, and ends before its time
-    when it has drawn all that there is.
+    It is done before when there are not so many. A failing one is made simpler as with any other
+    strategy; where the test draws more than the schedule, `Drawn` lets Hypothesis do it.
     """
-
-    shrinks = False
 
     def __init__(self, examples: int = 100) -> None:
         self.examples = examples
         self.decide = self.choose
         self._drawn: Drawn | None = None
+        self._bounds: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Hypothesis(examples={self.examples})"
+
+    @property
+    def bounds(self) -> tuple[str, ...]:
+        """Choices, if there were more than are drawn."""
+        return self._bounds
 
     def choose(self, width: int) -> int:
         """What Hypothesis draws."""
@@ -83,34 +103,35 @@ class Hypothesis(Strategy):
         import hypothesis
         from hypothesis import strategies as st
 
-        found = search.found
-        enough = False
+        seen: set[tuple[int, ...]] = set()
+        unseen = Fraction(1)
+        """Of all schedules, those at each choice counted as equally many."""
 
         @hypothesis.settings(
             max_examples=self.examples,
+            phases=(hypothesis.Phase.generate,),
             database=None,
             deadline=None,
             derandomize=True,
-            report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         @hypothesis.given(st.data())
         def attempt(data: DataObject) -> None:
-            nonlocal enough
-            if enough:
-                return
+            nonlocal unseen
             self._drawn = Drawn(data)
-            found.failure = None  # Each one that fails is simpler than the one before.
-            failures = found.failures
-            goes_on = search.attempt(Path())
-            if found.failures > failures:
-                raise _Falsified
-            enough = not goes_on
+            path = Path()
+            goes_on = search.attempt(path)
+            self._bounds = self._drawn.bounds or self._bounds
+            if (schedule := tuple(path.taken)) not in seen:
+                seen.add(schedule)
+                unseen -= Fraction(1, prod(path.widths))
+            if not goes_on:
+                raise _Enough
 
-        with suppress(_Falsified):
+        with suppress(_Enough):
             attempt()
-        found.exhausted = not found.failures and found.schedules < self.examples
+        search.found.exhausted = not unseen
 
 
-class _Falsified(Exception):
-    """What Hypothesis looks for."""
+class _Enough(BaseException):
+    """No further example, whatever Hypothesis thinks."""
