@@ -186,9 +186,11 @@ class Audience:
     @property
     def failed(self) -> tuple[Subscription[AnyDriver], ...]:
         """Who has failed, as a whole or in part: it may hold stale translations."""
-        return self.quarantined + tuple(
-            sub for sub in self.subscriptions if sub.failure is not None or sub in self.distrusted
-        )
+        failed = self.quarantined
+        for sub in self.subscriptions:
+            if sub.failure is not None or sub in self.distrusted:
+                failed += (sub,)
+        return failed
 
     def refuse(self, what: object) -> None:
         """Raise ScheduleWhileAtomic: what the atomic forms call when somebody may suspend."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from mmunotify.locks.base import READY, Awaited
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
 
 from .memory import Gather
@@ -34,7 +35,10 @@ class Section:
     settles when the lock is dropped.
     """
 
-    __slots__ = ("_batched", "_locked", "_page", "_told", "_zap", "gather", "mm", "pending", "rng")
+    __slots__ = (
+        "_batched", "_event", "_first", "_last", "_locked", "_page", "_told", "_zap",
+        "gather", "mm", "pending", "rng",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -46,45 +50,78 @@ class Section:
         zap: bool = False,
         locked: bool = False,
     ) -> None:
+        machine = mm.machine
         self.mm = mm
-        self.rng = Range(first << PAGE_SHIFT, last << PAGE_SHIFT, event)
+        self._first = first
+        self._last = last
+        self._event = event
+        self.rng: Range | None = None
+        """What is told; None while nobody listens."""
         self._told: Audience | None = None
-        self.pending: list[tuple[Range, Audience]] = []
-        self._batched = zap and mm.machine.batching != "range"
+        self.pending: tuple[tuple[Range, Audience], ...] = ()
+        self._batched = zap and machine.batching != "range"
         self._zap = zap
         # 2008 told what the reverse map does to one page in one call, once the entry is gone.
-        self._page = mm.machine.era == "v16" and not zap and last - first == 1
+        self._page = machine.era == "v16" and not zap and last - first == 1
         self._locked = locked
         self.gather = Gather(mm)
 
-    async def __aenter__(self) -> Section:
+    def __aenter__(self) -> Awaited:
         notifiers = self.mm.notifiers
-        if notifiers.armed:
-            self.mm.announced.append(self.rng)
-            if self._batched:
-                self.gather.hold = True
-            elif not self._page:
-                self._told = await notifiers.invalidate_range_start(self.rng)
-                self.gather.hold = bool(self._told.sync_calls) or bool(self._told.failed)
-        return self
+        if not notifiers.armed:
+            return READY
+        rng = self.rng = Range(self._first << PAGE_SHIFT, self._last << PAGE_SHIFT, self._event)
+        self.mm.announced.append(rng)
+        if self._batched:
+            self.gather.hold = True
+        elif not self._page:
+            if not notifiers.plain:
+                return self._start(rng)
+            self._begun(notifiers.invalidate_range_start_atomic(rng))
+        return READY
 
-    async def __aexit__(self, *exc: object) -> None:
-        if self._page and self.mm.notifiers.armed:
-            await self.mm.notifiers.invalidate_page(self.rng.start)
-        elif self._told is not None:
-            await self.mm.notifiers.invalidate_range_end(self.rng, self._told)
+    async def _start(self, rng: Range) -> None:
+        self._begun(await self.mm.notifiers.invalidate_range_start(rng))
+
+    def _begun(self, told: Audience) -> None:
+        self._told = told
+        if told.sync_calls or told.failed:
+            self.gather.hold = True
+
+    def __aexit__(self, *exc: object) -> Awaited:
+        rng, told = self.rng, self._told
+        if rng is None:
+            return READY
+        if told is None or told.suspends or told.sync_calls:
+            return self._end(rng)
+        self.mm.notifiers.invalidate_range_end_atomic(rng, told)
+        if self._locked and self.gather.held:
+            self.mm.machine.owed.append(self)
+        return READY
+
+    async def _end(self, rng: Range) -> None:
+        notifiers = self.mm.notifiers
+        if self._told is not None:
+            await notifiers.invalidate_range_end(rng, self._told)
             if self._told.sync_calls:
-                self.pending.append((self.rng, self._told))
-        elif self._batched and self.mm.machine.batching == "gather" and self.gather.hold:
-            await self.mm.notifiers.invalidate(self.rng)
+                self.pending += ((rng, self._told),)
+        elif self._page:
+            await notifiers.invalidate_page(rng.start)
+        elif self._batched and self.mm.machine.batching == "gather":
+            await notifiers.invalidate(rng)
         if self._locked:
             self.mm.machine.owed.append(self)
         elif self.pending and not self._zap:
-            await self.settle()
+            await self._settle()
 
-    async def settle(self) -> None:
+    def settle(self) -> Awaited:
         """Let deferred drivers finish, then release the pages that were unmapped."""
-        pending, self.pending = self.pending, []
+        if self.pending or self.gather.held:
+            return self._settle()
+        return READY
+
+    async def _settle(self) -> None:
+        pending, self.pending = self.pending, ()
         failed = self.failed
         for rng, told in pending:
             failed = bool(await self.mm.notifiers.invalidate_range_sync(rng, told)) or failed
@@ -101,19 +138,20 @@ class Section:
         """Entries of [first, last) are gone: told at once where zaps are told in small batches."""
         if not (self._batched and self.gather.hold):
             return
+        event = self._event
         notifiers = self.mm.notifiers
         batching = self.mm.machine.batching
         if batching == "page":
             for page in range(first, last):
-                rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, self.rng.event)
+                rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, event)
                 self._marked(rng, notifiers.invalidate_page_atomic(page << PAGE_SHIFT))
         elif batching == "pte512":
             while first < last:
                 end = min(last, (first | 511) + 1)
-                rng = Range(first << PAGE_SHIFT, end << PAGE_SHIFT, self.rng.event)
+                rng = Range(first << PAGE_SHIFT, end << PAGE_SHIFT, event)
                 self._marked(rng, notifiers.invalidate_atomic(rng))
                 first = end
 
     def _marked(self, rng: Range, told: Audience) -> None:
         if told.sync_calls:
-            self.pending.append((rng, told))
+            self.pending += ((rng, told),)

@@ -19,7 +19,7 @@ from . import flags as f
 from . import memory
 from .mmap import remove_vma
 from .rmap import WriteLocked, locks_of
-from .vma import link, unlink
+from .vma import link
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -99,17 +99,18 @@ async def exit_mmap(mm: AddressSpace[Any]) -> None:
     await mm.notifiers.release()
     mm.machine.lru.drain()
     async with mm.write_locked:
-        vmas = list(mm.vmas)
-        gather = memory.Gather(mm)
-        for vma in vmas:
-            section = mm.section(vma.first, vma.last, Event.UNMAP)
-            section.gather = gather
-            await memory.zap_pages(mm, vma, vma.first, vma.last, section, drop_markers=True)
+        if memory.zap_needs_vmas(mm):
+            for vma in mm.vmas:
+                section = mm.section(vma.first, vma.last, Event.UNMAP)
+                await memory.zap_pages(mm, vma, vma.first, vma.last, section, drop_markers=True)
+            mm.pt.free_tables(0, 1 << 52, 0, 1 << 52)
+        else:
+            memory.zap_all(mm)
         mm.flush_tlb(0, 1 << 52)
+        vmas = list(mm.vmas)
+        mm.vmas.clear()
+        mm.firsts.clear()
         for vma in vmas:
-            unlink(mm, vma)
             await remove_vma(mm, vma)
-        mm.pt.free_tables(0, 1 << 52, 0, 1 << 52)
-        gather.finish()
     mm.machine.forget(mm)
     mm.drop()

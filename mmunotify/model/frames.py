@@ -184,19 +184,23 @@ class Frames:
         if word & REF_MASK:
             self.word[frame] = word
         else:
-            self._free(frame, word)
+            self.free_one(frame, word)
 
     def give_back(self, frame: int) -> None:
         """Free a frame that was allocated and never used."""
-        self._free(frame, self.word[frame])
+        self.free_one(frame, self.word[frame])
 
-    def _free(self, frame: int, word: int) -> None:
+    def free_one(self, frame: int, word: int) -> None:
+        """Free a frame, whose word was `word`."""
         if self.on_free is not None:
             self.on_free(frame)
         self.word[frame] = ((word & GEN_MASK) + GEN_ONE) & WORD_MASK
         if self.data is not None:
             self.data.pop(frame, None)
-        self._push(frame)
+        top = self._top
+        self._slot[top] = frame
+        self._top = top + 1
+        self.free += 1
 
     def put_many(self, frames: Indices) -> None:
         """Drop one reference of each of these distinct frames."""

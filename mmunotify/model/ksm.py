@@ -174,7 +174,7 @@ class Ksm:
         from .uaccess import account
 
         words = self.machine.frames.words
-        for page, entries in list(mm.pt.runs(first, last)):
+        for page, entries in mm.pt.runs(first, last):
             present = (entries & np.uint64(f.PTE_PRESENT | f.PTE_SPECIAL)) == np.uint64(
                 f.PTE_PRESENT
             )

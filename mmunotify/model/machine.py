@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
-import time
+from time import monotonic_ns
 from typing import TYPE_CHECKING, Final, Generic, Literal, TypeVar, overload
 
 import anyio
@@ -12,6 +12,7 @@ import anyio.lowlevel
 
 from mmunotify.errors import MmError
 from mmunotify.locks import SRCU, Flagged, LockModel, RwSems, TakeAll
+from mmunotify.locks.base import READY, Awaited
 from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 
 from . import flags as f
@@ -118,7 +119,7 @@ class Machine(Generic[L]):
         self._orders = itertools.count()
         self._file_names = itertools.count()
         self._work = 0
-        self._rested_ns = time.monotonic_ns()
+        self._rested_ns = monotonic_ns()
 
     def __repr__(self) -> str:
         return (
@@ -154,20 +155,26 @@ class Machine(Generic[L]):
         """A number for lockdep: mmap_locks of several processes are taken parent first."""
         return next(self._orders)
 
-    async def cond_resched(self, pages: int = 0) -> None:
-        """Let others run, after every 4 096 pages of work or millisecond of it.
+    def cond_resched(self, pages: int = 0) -> Awaited:
+        """Let others run, after every 4 096 pages of work or millisecond of it; await the answer.
 
         Called where no spinlock is held and no section is open; cancellation is delivered here.
         """
         self._work += pages
-        if self._work < _RESCHED_PAGES and time.monotonic_ns() - self._rested_ns < _RESCHED_NS:
-            return
+        if self._work < _RESCHED_PAGES and monotonic_ns() - self._rested_ns < _RESCHED_NS:
+            return READY
+        return self._rest()
+
+    async def _rest(self) -> None:
         self._work = 0
         await anyio.lowlevel.checkpoint()
-        self._rested_ns = time.monotonic_ns()
+        self._rested_ns = monotonic_ns()
 
-    async def settle(self) -> None:
-        """Settle the sections that were owed, now that no reverse-map lock is held."""
+    def settle(self) -> Awaited:
+        """Settle the sections that were owed, now that no reverse-map lock is held; await it."""
+        return self._settle() if self.owed else READY
+
+    async def _settle(self) -> None:
         while self.owed:
             await self.owed.pop().settle()
 

@@ -261,7 +261,7 @@ async def _pageout(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> No
     """Reclaim what only this process maps, a page table at a time, in address order."""
     _may_age(vma, "pageout")
     mm.machine.lru.drain()
-    for index in list(mm.pt.indices(first, last)):
+    for index in mm.pt.indices(first, last):
         page = index << 9
         if index in mm.pt.huge and not await mm.machine.pageout_huge(mm, vma, page, first, last):
             continue

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast, overload
 
 from mmunotify.errors import AddressSpaceExited
 from mmunotify.locks import LockModel, RWSemaphore, RwSems
+from mmunotify.locks.base import READY, Awaited
 from mmunotify.notifiers import Notifiers
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
 
@@ -67,14 +68,14 @@ class _MmapWrite:
     def __init__(self, mm: AddressSpace[Any]) -> None:
         self._mm = mm
 
-    async def __aenter__(self) -> None:
+    def __aenter__(self) -> Awaited:
         lock = self._mm.mmap_lock
-        if not lock.down_write_trylock():
-            await lock.down_write()
+        return READY if lock.down_write_trylock() else lock.down_write()
 
-    async def __aexit__(self, *exc: object) -> None:
+    def __aexit__(self, *exc: object) -> Awaited:
         self._mm.lock_seq += 1
         self._mm.mmap_lock.up_write()
+        return READY
 
 
 class AddressSpace(Generic[L]):

@@ -31,17 +31,14 @@ _SLAB_LEAVES: Final = 1024
 class Leaf:
     """A page table page: 512 entries."""
 
-    __slots__ = ("pte", "row", "slab")
+    __slots__ = ("entries", "pte", "row", "slab")
 
     def __init__(self, slab: U64, row: int) -> None:
         self.slab = slab
         self.row = row
-        self.pte: Any = slab.data[row * ENTRIES : (row + 1) * ENTRIES]
-
-    @property
-    def entries(self) -> U64:
-        """The same memory as an array."""
-        return self.slab[self.row * ENTRIES : (self.row + 1) * ENTRIES]
+        self.entries: U64 = slab[row * ENTRIES : (row + 1) * ENTRIES]
+        self.pte: Any = self.entries.data
+        """The same memory, for one entry."""
 
 
 class LeafPool:
@@ -70,6 +67,11 @@ class LeafPool:
         """Give a leaf back, whose entries the caller has cleared."""
         self.used -= 1
         self._free.append(leaf)
+
+    def free_many(self, leaves: list[Leaf]) -> None:
+        """`free` of leaves that are handed out in this order again."""
+        self.used -= len(leaves)
+        self._free.extend(reversed(leaves))
 
 
 class PageTable:
@@ -152,26 +154,35 @@ class PageTable:
         gibs = self._gibs
         return gibs[bisect_left(gibs, start >> 18) : bisect_left(gibs, (end + 262143) >> 18)]
 
-    def indices(self, start: int, end: int) -> Iterator[int]:
-        """The 2 MiB indices that hold something in pages [start, end), ascending."""
+    def indices(self, start: int, end: int) -> list[int]:
+        """The 2 MiB indices that hold something in pages [start, end), ascending; a snapshot."""
         first, last = start >> 9, (end + 511) >> 9
+        found: list[int] = []
         for gib in self.gibs(start, end):
             pmds = self._pmds[gib]
             if pmds and (pmds[0] < first or pmds[-1] >= last):
-                yield from pmds[bisect_left(pmds, first) : bisect_left(pmds, last)]
+                found += pmds[bisect_left(pmds, first) : bisect_left(pmds, last)]
             else:
-                yield from pmds
+                found += pmds
+        return found
 
-    def runs(self, start: int, end: int) -> Iterator[tuple[int, U64]]:
+    def runs(self, start: int, end: int) -> list[tuple[int, U64]]:
         """(first page, its entries and those after it): all leaves that meet pages [start, end).
 
         A run is contiguous in address and memory, at most 64 leaves, cut to the range. Huge entries
         are left out. Leaves must not come or go while this is being read.
         """
         leaves = self.leaves
+        at = start >> 9
+        if end <= (at + 1) << 9:
+            leaf = leaves.get(at)
+            if leaf is None or start >= end:
+                return []
+            return [(start, leaf.entries[start & 511 : end - (at << 9)])]
+        found = []
         slab: U64 | None = None
         row = index = count = 0
-        for at in list(self.indices(start, end)):
+        for at in self.indices(start, end):
             leaf = leaves.get(at)
             if leaf is None:
                 continue
@@ -184,10 +195,36 @@ class PageTable:
                 count += 1
                 continue
             if slab is not None:
-                yield _cut(slab, row, index, count, start, end)
+                found.append(_cut(slab, row, index, count, start, end))
             slab, row, index, count = leaf.slab, leaf.row, at, 1
         if slab is not None:
-            yield _cut(slab, row, index, count, start, end)
+            found.append(_cut(slab, row, index, count, start, end))
+        return found
+
+    def take_all(self) -> Iterator[U64]:
+        """Clear and free every leaf; what was in them, by ascending address, some at a time.
+
+        Nothing else may be left in the tree. Leaves need not lie next to each other: they are
+        gathered, which for many that are almost empty is cheaper than going through them.
+        """
+        leaves = [self.leaves[index] for index in sorted(self.leaves)]
+        self.leaves.clear()
+        self._pmds.clear()
+        self._gibs.clear()
+        at = 0
+        while at < len(leaves):
+            slab = leaves[at].slab
+            rows = []
+            for leaf in leaves[at : at + RUN_LEAVES]:
+                if leaf.slab is not slab:
+                    break
+                rows.append(leaf.row)
+            at += len(rows)
+            table = slab.reshape(-1, ENTRIES)
+            entries = table[rows].ravel()
+            table[rows] = 0
+            yield entries[entries.nonzero()[0]]
+        self.pool.free_many(leaves)
 
     def populate(self, start: int, end: int) -> None:
         """Make the leaves of pages [start, end)."""
@@ -200,9 +237,9 @@ class PageTable:
         """Free the leaves wholly inside pages [start, end) that have become empty (PT_RECLAIM)."""
         # Backwards, so that the pool hands them out in the order in which they lie.
         low, high = (start + 511) & ~511, end & ~511
-        for index in reversed(list(self.indices(low, max(low, high)))):
+        for index in reversed(self.indices(low, max(low, high))):
             leaf = self.leaves.get(index)
-            if leaf is not None and not leaf.entries.any():
+            if leaf is not None and not np.count_nonzero(leaf.entries):
                 self.detach(index)
                 self.pool.free(leaf)
 
@@ -214,7 +251,7 @@ class PageTable:
         """
         low = start >> 9 if (start >> 9 << 9) >= floor else (start >> 9) + 1
         high = (end + 511) >> 9 if ((end + 511) >> 9 << 9) <= ceiling else end >> 9
-        for index in reversed(list(self.indices(low << 9, max(high, low) << 9))):
+        for index in reversed(self.indices(low << 9, max(high, low) << 9)):
             leaf = self.detach(index)
             if leaf is not None:
                 self.pool.free(leaf)

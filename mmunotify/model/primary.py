@@ -72,7 +72,7 @@ class ModelPrimary:
         """What is present in [start, end), as arrays. Never suspends, never faults."""
         mm = self.mm
         pages, found = [], []
-        for index in list(mm.pt.indices(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))):
+        for index in mm.pt.indices(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
             low = max(index << 9, start >> PAGE_SHIFT)
             high = min((index + 1) << 9, -(-end >> PAGE_SHIFT))
             huge = mm.pt.huge.get(index)

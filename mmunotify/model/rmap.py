@@ -13,6 +13,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING, Final
 
+from mmunotify.locks.base import READY, Awaited
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -188,16 +190,17 @@ class AnonVmas:
 
 def locks_of(vmas: Iterable[Vma | None]) -> list[RmapLock]:
     """The distinct reverse-map locks of some VMAs: i_mmap first, then anon_vma."""
-    files: dict[int, RmapLock] = {}
-    anons: dict[int, RmapLock] = {}
+    files: list[RmapLock] = []
+    anons: list[RmapLock] = []
     for vma in vmas:
         if vma is None:
             continue
-        if vma.file is not None:
-            files[id(vma.file.i_mmap_lock)] = vma.file.i_mmap_lock
+        if vma.file is not None and vma.file.i_mmap_lock not in files:
+            files.append(vma.file.i_mmap_lock)
         for anon_vma in vma.chain:
-            anons[id(anon_vma.lock)] = anon_vma.lock
-    return [*files.values(), *anons.values()]
+            if anon_vma.lock not in anons:
+                anons.append(anon_vma.lock)
+    return files + anons
 
 
 class WriteLocked:
@@ -211,10 +214,15 @@ class WriteLocked:
     def __init__(self, locks: list[RmapLock]) -> None:
         self._locks = locks
 
-    async def __aenter__(self) -> None:
-        taken = 0
+    def __aenter__(self) -> Awaited:
+        for taken, lock in enumerate(self._locks):
+            if not lock.down_write_trylock():
+                return self._wait(taken)
+        return READY
+
+    async def _wait(self, taken: int) -> None:
         try:
-            for lock in self._locks:
+            for lock in self._locks[taken:]:
                 if not lock.down_write_trylock():
                     await lock.down_write()
                 taken += 1
@@ -223,9 +231,10 @@ class WriteLocked:
                 lock.up_write()
             raise
 
-    async def __aexit__(self, *exc: object) -> None:
+    def __aexit__(self, *exc: object) -> Awaited:
         for lock in reversed(self._locks):
             lock.up_write()
+        return READY
 
 
 def page_of(vma: Vma, index: int) -> int:

@@ -71,8 +71,18 @@ class Swap:
         if not left and slot not in self.cache:
             self._release(slot)
 
+    def drop_unmapped(self, slot: int) -> None:
+        """`drop` of what was zapped: a cached page that nobody needs any more goes, too."""
+        left = self._uses[slot] - 1
+        self._uses[slot] = left
+        if not left:
+            if slot in self.cache:
+                self.reclaim_unmapped(slot)
+            else:
+                self._release(slot)
+
     def drop_many(self, slots: npt.NDArray[np.int64]) -> None:
-        """`drop` of distinct slots, and of the cached pages that nobody needs any more."""
+        """`drop_unmapped` of distinct slots."""
         counts = self._counts[slots] - np.uint16(1)
         self._counts[slots] = counts
         gone = slots[counts == 0]

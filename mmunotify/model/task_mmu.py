@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def _entries(mm: AddressSpace[Any], first: int, last: int) -> Iterator[tuple[int, int]]:
     """(page, entry) of every entry that is not zero, those of huge pages as small ones."""
-    for index in list(mm.pt.indices(first, last)):
+    for index in mm.pt.indices(first, last):
         base = index << 9
         huge = mm.pt.huge.get(index)
         if huge is not None:

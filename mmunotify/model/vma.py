@@ -139,9 +139,19 @@ class Vma:
 
     def dup(self) -> Vma:
         """A copy that nobody finds yet: without anon_vmas, in no tree."""
-        vma = Vma(self.mm, self.first, self.last, self.flags, self.pgoff, self.file)
+        vma = Vma.__new__(Vma)
+        vma.mm = self.mm
+        vma.first = self.first
+        vma.last = self.last
+        vma.flags = self.flags
+        vma.pgoff = self.pgoff
+        vma.file = self.file
+        vma.anon_vma = None
+        vma.chain = []
         vma.uffd = self.uffd
         vma.swap_ra = self.swap_ra
+        vma.lock_seq = -1
+        vma.prot = self.prot
         return vma
 
     def set_range(self, first: int, last: int, pgoff: int) -> None:

@@ -110,7 +110,8 @@ class Reclaim:
         notifiers = mm.notifiers
         if not notifiers.armed:
             return self._clear_entry(vma, page, frame)
-        async with mm.section(page, page + 1, Event.CLEAR, locked=True) as section:
+        section = mm.section(page, page + 1, Event.CLEAR, locked=True)
+        async with section:
             done = self._clear_entry(vma, page, frame)
         if section.failed:
             self.machine.frames.get(frame)
