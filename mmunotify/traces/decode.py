@@ -1,8 +1,9 @@
 """Lines of a recording into columns, a block at a time.
 
 A line is `<dt> <kind> <tid> <fields...>`: microseconds since the line before, one letter, a task.
-Kinds whose fields are numbers become columns in a few dozen numpy operations per block; the rest
-are parsed line by line, and so is everything of a block in which something is wrong, to say where.
+Numbers become columns in a few dozen numpy operations per block and field, eight digits at a time
+in the bytes of a word. Calls and mappings, which have words as well, are parsed line by line, and
+so is everything of a block in which something is wrong, to say where.
 """
 
 from __future__ import annotations
@@ -17,16 +18,13 @@ from mmunotify.errors import RecordingError
 from mmunotify.ranges import PAGE_SHIFT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
     Numbers: TypeAlias = npt.NDArray[np.int64]
     Words: TypeAlias = npt.NDArray[np.uint64]
     Bytes: TypeAlias = npt.NDArray[np.uint8]
-
-_DEC_MAX: Final = 18
-_HEX_MAX: Final = 16
 
 HEX: Final = "hexadecimal number of at most 16 digits"
 DEC: Final = "decimal number"
@@ -35,7 +33,7 @@ KIND: Final = "letter of > < o v f F u a t m n x e g s"
 COPY: Final = "letter of S F E"
 WORD: Final = "word"
 
-NUMERIC: Final[dict[str, tuple[tuple[str, str], ...]]] = {
+FIELDS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "f": (("address", HEX), ("ip", HEX), ("code", HEX)),
     "F": (("address", HEX), ("code", HEX)),
     "u": (("start", HEX), ("end", HEX)),
@@ -46,18 +44,26 @@ NUMERIC: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "m": (("mm", HEX), ("member", DEC), ("size", SIZE)),
     "n": (("child", DEC), ("flags", HEX)),
     "e": (),
+    ">": (("system call", WORD),),
+    "<": (("system call", WORD), ("result", HEX)),
+    "o": (("start", HEX), ("end", HEX), ("protection", WORD), ("offset", HEX), ("inode", DEC)),
+    "v": (
+        *(("copy", COPY), ("start", HEX), ("end", HEX), ("permissions", WORD)),
+        *(("offset", HEX), ("inode", DEC)),
+    ),
+    "x": (),
 }
-"""The fields of the kinds that become columns, in order."""
-_COLUMNS: Final = {"f": (0, 2)}
+"""The fields of each kind of line, in order."""
+_COLUMNS: Final = {"f": (0, 2), "v": (1, 2), "<": (1,)}
 """Which fields columns `a` and `b` hold, where not the first two: nobody asks for a fault's ip."""
-TEXT: Final = "><ovx"
+_OPEN: Final = frozenset("oxv>")
+"""Kinds that end in a path, which may have blanks, or in arguments."""
 
-_DIGITS: Final = np.full(256, 255, np.uint8)
-for _value, _digit in enumerate(b"0123456789abcdef"):
-    _DIGITS[_digit] = _value
+_FRAME: Final = 24
+"""Bytes before the text, so that whole words can be read backwards from the end of any number."""
 _KNOWN: Final = np.zeros(256, np.bool_)
-_KNOWN[list("".join(NUMERIC).encode() + TEXT.encode())] = True
-_POWERS: Final = 10 ** np.arange(_DEC_MAX - 1, -1, -1, dtype=np.int64)
+_KNOWN[list("".join(FIELDS).encode())] = True
+_COPIES: Final = np.frombuffer(b"SFE", np.uint8)
 
 
 @attrs.define
@@ -73,26 +79,11 @@ class Mapping:
 
 
 @attrs.define
-class MapsLine:
-    """A `v` line: one mapping of a copy of /proc/self/maps. Bytes."""
-
-    when: str
-    """S at the program's start, F in a forked child, E at exit."""
-    start: int
-    end: int
-    perms: str
-    path: str
-
-
-@attrs.define
 class Call:
-    """A `>` line: a system call was entered; or a `<` line: its result is `args[0]`."""
+    """A `>` line: a system call was entered."""
 
     name: str
     args: tuple[int, ...]
-
-
-Payload: TypeAlias = "Call | Mapping | MapsLine | str | None"
 
 
 @attrs.define
@@ -107,11 +98,11 @@ class Block:
     """The letters."""
     tids: Numbers
     a: Words
-    """The first field (`f`: address), where fields are numbers."""
+    """The first number (`f`: address, `v`: start, `<`: result)."""
     b: Words
     """The second (`f`: code)."""
-    texts: dict[int, Payload]
-    """By index: what a line of the other kinds says."""
+    texts: dict[int, Call | Mapping]
+    """By index: what a line says that has words (`>`, `o`)."""
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -155,138 +146,231 @@ def decode(text: bytes, line: int, path: object) -> Block:
 
 def _decode(text: bytes, line: int) -> Block | None:
     """The columns, or None if anything is wrong."""
-    # A frame on the left, so that numbers can be gathered right-aligned without a bound check.
-    data = np.frombuffer(b"\0" * _DEC_MAX + text, np.uint8)
+    framed = b"\0" * _FRAME + text
+    data = np.frombuffer(framed, np.uint8)
     separators = np.flatnonzero((data == 32) | (data == 10))
     ends = np.flatnonzero(data[separators] == 10)
     first = np.concatenate((np.zeros(1, np.int64), ends[:-1] + 1))
     tokens = ends - first + 1
     if not len(ends) or (tokens < 3).any():
         return None
-    starts = np.concatenate((np.array([_DEC_MAX]), separators[ends[:-1]] + 1))
+    starts = np.concatenate((np.array([_FRAME]), separators[ends[:-1]] + 1))
     kind_at = separators[first] + 1
     kinds = data[kind_at]
     if (separators[first + 1] != kind_at + 1).any() or not _KNOWN[kinds].all():
         return None
-    micros = _decimals(data, starts, separators[first])
-    tids = _decimals(data, kind_at + 2, separators[first + 2])
+    numbers = Numbering(framed)
+    micros = numbers.decimal(starts, separators[first])
+    tids = numbers.decimal(kind_at + 2, separators[first + 2])
     if micros is None or tids is None:
         return None
     a = np.zeros(len(ends), np.uint64)
     b = np.zeros(len(ends), np.uint64)
-    for letter, fields in NUMERIC.items():
+    texts: dict[int, Call | Mapping] = {}
+    for letter, fields in FIELDS.items():
         rows = np.flatnonzero(kinds == ord(letter))
         if not len(rows):
             continue
-        if (tokens[rows] != len(fields) + 3).any():
+        extra = tokens[rows] - (len(fields) + 3)
+        if (extra < 0).any() or (letter not in _OPEN and extra.any()):
             return None
         slots = _COLUMNS.get(letter, (0, 1))
+        read: list[Words] = []
         for index, (_, form) in enumerate(fields):
             begin = separators[first[rows] + 2 + index] + 1
             end = separators[first[rows] + 3 + index]
-            if form is SIZE:
-                begin = begin + (data[begin] == ord("-"))
-            values = (
-                _hexadecimals(data, begin, end) if form is HEX else (_decimals(data, begin, end))
-            )
-            if values is None:
+            if form is WORD:
+                right = bool((end > begin).all())
+            elif form is COPY:
+                right = bool((end == begin + 1).all() and np.isin(data[begin], _COPIES).all())
+            else:
+                if form is SIZE:
+                    begin = begin + (data[begin] == ord("-"))
+                values = (numbers.hexadecimal if form is HEX else numbers.decimal)(begin, end)
+                right = values is not None
+                if values is not None:
+                    read.append(values)
+                    if index in slots:
+                        (a, b)[slots.index(index)][rows] = values
+            if not right:
                 return None
-            if index in slots:
-                (a, b)[slots.index(index)][rows] = values
-    texts: dict[int, Payload] = {}
-    for row in np.flatnonzero(np.isin(kinds, list(TEXT.encode()))).tolist():
-        content = text[starts[row] - _DEC_MAX : separators[ends[row]] - _DEC_MAX]
-        try:
-            texts[row] = _PAYLOADS[chr(kinds[row])](
-                content.decode(errors="surrogateescape").split(" ")[3:]
-            )
-        except ValueError:
-            return None
-    return Block(line, micros, kinds, tids, a, b, texts)
+        if letter == ">":
+            calls = _calls(framed, rows, first[rows] + 3, ends[rows], separators, numbers)
+            if calls is None:
+                return None
+            texts.update(calls)
+        elif letter == "o":
+            texts.update(_mappings(framed, rows, first[rows], ends[rows], separators, read))
+    return Block(line, micros.view(np.int64), kinds, tids.view(np.int64), a, b, texts)
 
 
-def _gather(data: Bytes, begin: Numbers, end: Numbers, width: int) -> Bytes | None:
-    """Digits of tokens, right-aligned in `width` columns and filled with zeros on the left."""
-    lengths = end - begin
-    if (lengths < 1).any() or (lengths > width).any():
-        return None
-    places = np.arange(-width, 0)
-    digits: Bytes = _DIGITS[data[end[:, None] + places]]
-    digits[places < -lengths[:, None]] = 0
-    return digits
-
-
-def _hexadecimals(data: Bytes, begin: Numbers, end: Numbers) -> Words | None:
-    digits = _gather(data, begin, end, _HEX_MAX)
-    if digits is None or (digits > 15).any():
-        return None
-    packed = digits[:, 0::2] << 4 | digits[:, 1::2]
-    return np.ascontiguousarray(packed).view(">u8")[:, 0].astype(np.uint64)
-
-
-def _decimals(data: Bytes, begin: Numbers, end: Numbers) -> Numbers | None:
-    width = int((end - begin).max())
-    digits = _gather(data, begin, end, min(width, _DEC_MAX))
-    if digits is None or (digits > 9).any():
-        return None
-    values: Numbers = digits @ _POWERS[-width:]
-    return values
-
-
-# ---------------------------------------------------------------------- line by line
-
-
-def _call(words: list[str]) -> Call:
+def _calls(
+    framed: bytes,
+    rows: Numbers,
+    names: Numbers,
+    ends: Numbers,
+    separators: Numbers,
+    numbers: Numbering,
+) -> Iterator[tuple[int, Call]] | None:
+    """By row, of calls whose names end at separators `names`; None if an argument is no number."""
+    # Call by call, which separators are before an argument.
+    counts = ends - names
+    last = counts.cumsum()
+    before = np.repeat(names, counts) + np.arange(int(last[-1])) - np.repeat(last - counts, counts)
+    begin, end = separators[before] + 1, separators[before + 1]
     # A call without arguments has the blank before them all the same.
-    name, *args = words
-    return Call(_word(name), tuple([int(word, 16) for word in args if word]))
-
-
-def _result(words: list[str]) -> Call:
-    name, result = words
-    return Call(_word(name), (int(result, 16),))
-
-
-def _mapping(words: list[str]) -> Mapping:
-    start, end, prot, offset, inode, *path = words
-    return Mapping(
-        int(start, 16), int(end, 16), _word(prot), int(offset, 16), int(inode), " ".join(path)
+    blank = np.flatnonzero(begin == end)
+    blank = blank[np.isin(blank, last - 1)]
+    counts[np.searchsorted(last, blank, "right")] -= 1
+    begin, end = np.delete(begin, blank), np.delete(end, blank)
+    arguments: list[int] = []
+    if len(begin):
+        values = numbers.hexadecimal(begin, end)
+        if values is None:
+            return None
+        arguments = values.tolist()
+    last = counts.cumsum()
+    words = zip(
+        rows.tolist(),
+        (separators[names - 1] + 1).tolist(),
+        separators[names].tolist(),
+        (last - counts).tolist(),
+        last.tolist(),
+        strict=True,
+    )
+    return (
+        (row, Call(framed[begin:end].decode(errors="surrogateescape"), tuple(arguments[low:high])))
+        for row, begin, end, low, high in words
     )
 
 
-def _maps_line(words: list[str]) -> MapsLine:
-    when, start, end, perms, _offset, _inode, *path = words
-    if when not in {"S", "F", "E"}:
-        raise ValueError(when)
-    return MapsLine(when, int(start, 16), int(end, 16), _word(perms), " ".join(path))
+def _mappings(
+    framed: bytes,
+    rows: Numbers,
+    first: Numbers,
+    ends: Numbers,
+    separators: Numbers,
+    read: list[Words],
+) -> Iterator[tuple[int, Mapping]]:
+    """By row, of `o` lines whose first separators are `first` and whose numbers have been read."""
+    words = zip(
+        rows.tolist(),
+        *(column.tolist() for column in read),
+        *((separators[first + at] + 1).tolist() for at in (4, 7)),
+        separators[first + 5].tolist(),
+        separators[ends].tolist(),
+        strict=True,
+    )
+    for row, start, end, offset, inode, prot, path, prot_end, path_end in words:
+        yield (
+            row,
+            Mapping(
+                start,
+                end,
+                framed[prot:prot_end].decode(errors="surrogateescape"),
+                offset,
+                inode,
+                # No path, no blank before it.
+                framed[path:path_end].decode(errors="surrogateescape"),
+            ),
+        )
 
 
-def _word(word: str) -> str:
-    if not word:
-        raise ValueError(word)
-    return word
+class Numbering:
+    """Numbers out of a text, many at once: eight digits are the eight bytes of a word.
+
+    The text begins with `_FRAME` bytes that belong to no number. Both answer None if a token has
+    no digit, too many, or anything else in it.
+    """
+
+    def __init__(self, framed: bytes) -> None:
+        # Every position's word, overlapping: a word that ends where a number does is one load.
+        self._words = np.ndarray(len(framed) - 7, "<u8", framed, strides=(1,))
+
+    def decimal(self, begin: Numbers, end: Numbers) -> Words | None:
+        """Of at most 18 digits."""
+        return self._read(begin, end, 18, _digits10, _join10, np.uint64(10**8))
+
+    def hexadecimal(self, begin: Numbers, end: Numbers) -> Words | None:
+        """Of at most 16 digits, in lower case."""
+        return self._read(begin, end, 16, _digits16, _join16, np.uint64(1 << 32))
+
+    def _read(
+        self,
+        begin: Numbers,
+        end: Numbers,
+        most: int,
+        digits_of: Callable[[Words, Words], Words | None],
+        join: Callable[[Words], Words],
+        scale: np.uint64,
+    ) -> Words | None:
+        lengths = end - begin
+        longest = int(lengths.max())
+        if int(lengths.min()) < 1 or longest > most:
+            return None
+        total: Words | None = None
+        for done in range((longest - 1) // 8 * 8, -1, -8):
+            # What is left of this word's own digits belongs to somebody else: mask it.
+            mask = _MASKS[lengths + (16 - done)]
+            digits = digits_of(self._words[end - (done + 8)] & mask, mask)
+            if digits is None:
+                return None
+            value = join(digits)
+            total = value if total is None else total * scale + value
+        return total
 
 
-_PAYLOADS: Final[dict[str, Callable[[list[str]], Payload]]] = {
-    ">": _call,
-    "<": _result,
-    "o": _mapping,
-    "v": _maps_line,
-    "x": " ".join,
-}
-_FIELDS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
-    **NUMERIC,
-    ">": (("system call", WORD),),
-    "<": (("system call", WORD), ("result", HEX)),
-    "o": (("start", HEX), ("end", HEX), ("protection", WORD), ("offset", HEX), ("inode", DEC)),
-    "v": (
-        *(("copy", COPY), ("start", HEX), ("end", HEX), ("permissions", WORD)),
-        *(("offset", HEX), ("inode", DEC)),
-    ),
-    "x": (),
-}
-_OPEN: Final = "oxv"
-"""Kinds that end in a path, which may have blanks."""
+def _every(byte: int) -> np.uint64:
+    return np.uint64(byte * 0x0101_0101_0101_0101)
+
+
+_MASKS: Final = np.array(
+    [(1 << 64) - (1 << 8 * (8 - min(max(kept - 16, 0), 8))) for kept in range(35)], np.uint64
+)
+"""By 16 more than the digits that are left: which bytes of a word, its last ones, are digits."""
+_LOW_NIBBLES: Final = _every(0x0F)
+_ONES: Final = _every(1)
+_SIXES: Final = _every(6)
+_ZEROS: Final = _every(ord("0"))
+_PAIRS: Final = np.uint64(0x00FF_00FF_00FF_00FF)
+_FOURS: Final = np.uint64(0x0000_FFFF_0000_FFFF)
+_EIGHTS: Final = np.uint64(0xFFFF_FFFF)
+_4, _6, _8, _16, _32 = map(np.uint64, (4, 6, 8, 16, 32))
+_TO_LETTER: Final = np.uint64(ord("a") - ord("0") - 10)
+
+
+def _digits16(word: Words, mask: Words) -> Words | None:
+    digits = word & _LOW_NIBBLES
+    digits += ((word >> _6) & _ONES) * np.uint64(9)
+    # Written again, they have to be what was read.
+    again = digits + (((digits + _SIXES) >> _4) & _ONES) * _TO_LETTER + _ZEROS
+    if (digits & ~_LOW_NIBBLES).any() or ((again & mask) != word).any():
+        return None
+    return digits
+
+
+def _join16(digits: Words) -> Words:
+    pairs = (digits << _4 | digits >> _8) & _PAIRS
+    fours = (pairs << _8 | pairs >> _16) & _FOURS
+    joined: Words = (fours << _16 | fours >> _32) & _EIGHTS
+    return joined
+
+
+def _digits10(word: Words, mask: Words) -> Words | None:
+    digits = word & _LOW_NIBBLES
+    if (((digits + _ZEROS) & mask) != word).any() or (((digits + _SIXES) >> _4) & _ONES).any():
+        return None
+    return digits
+
+
+def _join10(digits: Words) -> Words:
+    pairs = (digits * np.uint64(10) + (digits >> _8)) & _PAIRS
+    fours = (pairs * np.uint64(100) + (pairs >> _16)) & _FOURS
+    joined: Words = (fours * np.uint64(10_000) + (fours >> _32)) & _EIGHTS
+    return joined
+
+
+# ---------------------------------------------------------------------- line by line
 
 
 def check_line(content: bytes, number: int, path: object) -> None:
@@ -294,10 +378,10 @@ def check_line(content: bytes, number: int, path: object) -> None:
     words = content.decode(errors="surrogateescape").split(" ")
     due = [("microseconds", DEC), ("kind", KIND), ("task", DEC)]
     kind = words[1] if len(words) > 1 else ""
-    if kind in _FIELDS:
-        due += _FIELDS[kind]
+    if kind in FIELDS:
+        due += FIELDS[kind]
     if kind == ">":
-        while len(words) > len(due) and not words[-1]:
+        if len(words) > len(due) and not words[-1]:
             words.pop()
         due += [("argument", HEX)] * (len(words) - len(due))
     column = 1
@@ -311,7 +395,7 @@ def check_line(content: bytes, number: int, path: object) -> None:
                 f"{path}:{number}:{column}: expected {name}, a {form}, found {found}"
             )
         column += len(word) + 1
-    if len(words) > len(due) and kind not in _OPEN:
+    if len(words) > len(due) and kind not in _OPEN - {">"}:
         raise RecordingError(
             f"{path}:{number}:{column}: expected the end of the line after the "
             f"{len(due) - 3} fields of {kind!r}, found {words[len(due)]!r}"
@@ -322,7 +406,7 @@ _FORMS: Final[dict[str, Callable[[str], bool]]] = {
     HEX: lambda word: re.fullmatch(r"[0-9a-f]{1,16}", word) is not None,
     DEC: lambda word: re.fullmatch(r"[0-9]{1,18}", word) is not None,
     SIZE: lambda word: re.fullmatch(r"-?[0-9]{1,18}", word) is not None,
-    KIND: lambda word: word in _FIELDS,
+    KIND: lambda word: word in FIELDS,
     COPY: lambda word: word in {"S", "F", "E"},
     WORD: bool,
 }
