@@ -67,7 +67,10 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     leaf = mm.pt.leaves.get(page >> 9)
     entry = leaf.pte[page & 511] if leaf is not None else 0
     if not entry:
-        if vma.file is not None or (vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING):
+        if vma.file is not None:
+            read = not flags & f.FAULT_WRITE and vma.uffd is None
+            return 0 if read and _fault_around(mm, vma, page) else RETRY
+        if vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING:
             return RETRY
         if leaf is None:
             if mm.pt.huge and page >> 9 in mm.pt.huge:

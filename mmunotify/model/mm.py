@@ -326,6 +326,7 @@ class AddressSpace(Generic[L]):
     # ------------------------------------------------------------------ accesses
 
     access = _uaccess.access
+    access_nowait = _uaccess.access_nowait
     touch = _uaccess.touch
     read = _uaccess.read
     write = _uaccess.write

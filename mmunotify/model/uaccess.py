@@ -71,6 +71,29 @@ async def access(
     return contents[addr & _PAGE_BITS] if contents is not None else 0
 
 
+def access_nowait(mm: AddressSpace[Any], addr: int, write: bool = False) -> bool:
+    """`access` without a value in one step; False if it may have to wait, or ends in a signal."""
+    page = addr >> PAGE_SHIFT
+    leaf = mm.pt.leaves.get(page >> 9)
+    needed = _WRITABLE if write else _READABLE
+    if mm.tlb is not None or mm.on_fault is not None or not mm.users:
+        return False
+    if leaf is None or leaf.pte[page & 511] & needed != needed:
+        vma = find_vma(mm, page)
+        permitted = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
+        if vma is None or not vma.flags & permitted or vma.lock_seq == mm.lock_seq:
+            return False
+        result = fault_nowait(mm, vma, page, f.FAULT_WRITE if write else 0)
+        if result == RETRY:
+            return False
+        account(mm, result)
+        leaf = mm.pt.leaves.get(page >> 9)
+        if leaf is None or leaf.pte[page & 511] & needed != needed:
+            return False
+    leaf.pte[page & 511] |= f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
+    return True
+
+
 async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
     """One page fault exception, handled; raises BadAddress if it ends in a signal."""
     if not mm.users:

@@ -15,7 +15,6 @@ import attrs
 import numpy as np
 
 from mmunotify.errors import RecordingError
-from mmunotify.ranges import PAGE_SHIFT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -106,29 +105,6 @@ class Block:
 
     def __len__(self) -> int:
         return len(self.kinds)
-
-    def runs(self) -> tuple[Numbers, Numbers]:
-        """Where runs begin, and where they end: the index of their last event.
-
-        A run are faults of one task on the next page each, alike, or ageing likewise; an event of
-        another kind is a run of one. What KVM installed (`s`) changes nothing and is left out.
-        """
-        told = np.flatnonzero(self.kinds != ord("s"))
-        kinds, tids, codes = self.kinds[told], self.tids[told], self.b[told]
-        pages = self.a[told] >> np.uint64(PAGE_SHIFT)
-        ages = kinds[1:] == ord("a")
-        joins = (
-            (kinds[1:] == kinds[:-1])
-            & ((kinds[1:] == ord("f")) | ages)
-            & (tids[1:] == tids[:-1])
-            & (pages[1:] == pages[:-1] + np.uint64(1))
-            & (ages | (codes[1:] == codes[:-1]))
-        )
-        begins = np.ones(len(told), np.bool_)
-        begins[1:] = ~joins
-        ends = np.ones(len(told), np.bool_)
-        ends[:-1] = begins[1:]
-        return told[begins], told[ends]
 
 
 def decode(text: bytes, line: int, path: object) -> Block:

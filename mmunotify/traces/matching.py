@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from mmunotify import AtomicDriver
+from mmunotify import PAGE_SIZE, AtomicDriver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,6 +41,15 @@ class Matches:
         """By operation: announcements of the kernel that the model did not make."""
         self.surplus: Final[Counter[str]] = Counter()
         """By operation: those counted in `extra`."""
+
+    def copied(self, start: int, pages: int, model: Sequence[Span]) -> None:
+        """Count faults on pages in a row, in each of which the kernel announced its page."""
+        if pages == 1 == len(model) and model[0] == (start, start + PAGE_SIZE):
+            self.kernel += 1
+            self.matched += 1
+            return
+        end = start + pages * PAGE_SIZE
+        self.compare("fault", [(at, at + PAGE_SIZE) for at in range(start, end, PAGE_SIZE)], model)
 
     def compare(self, operation: str, kernel: Sequence[Span], model: Sequence[Span]) -> None:
         """Count what one operation announced on either side."""

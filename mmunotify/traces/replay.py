@@ -23,7 +23,8 @@ from mmunotify.model.vma import find_vma
 from .calls import ERRORS, WRITERS, Calls
 from .matching import Matches, Span, Witness
 from .meters import Meter
-from .tasks import CLONE_FILES, CLONE_VM, Fault, Space, Task
+from .rows import COPIED, OPEN, RECLAIM, rows
+from .tasks import CLONE_FILES, CLONE_VM, CODE_WRITE, Fault, Space, Task
 from .touching import Draws, Toucher, Touching
 
 if TYPE_CHECKING:
@@ -41,11 +42,9 @@ Era = Literal["linux-6", "v16"]
 
 _FRAMES: Final = 1 << 20
 _SWAP: Final = 1 << 20
-_CODE_PRESENT: Final = 1
-_CODE_WRITE: Final = 2
+_AGES: Final = list(b"at")
 _ANON: Final = 1
 """rss_stat's member of anonymous pages."""
-_PAGE_BITS: Final = np.uint64(PAGE_SHIFT)
 _NOTHING: Final[list[Span]] = []
 _HOT: Final = Touching("hot", pages=64)
 
@@ -171,22 +170,12 @@ class Replay:
     # ------------------------------------------------------------------ events
 
     async def _block(self, block: Block) -> None:
-        starts, ends = block.runs()
-        texts = block.texts
-        tasks = self._tasks
-        history = self.history
+        tasks, texts, history, heard = self._tasks, block.texts, self.history, self._heard
+        cond_resched = self._machine.cond_resched
         times = block.micros.cumsum() + self.now
-        rows = zip(
-            starts.tolist(),
-            (block.a[ends] >> _PAGE_BITS).tolist(),
-            times[ends].tolist(),
-            bytes(block.kinds[starts]).decode(),
-            block.tids[starts].tolist(),
-            block.a[starts].tolist(),
-            block.b[starts].tolist(),
-            strict=True,
-        )
-        for start, last, self.now, kind, tid, a, b in rows:
+        self.aged += int(np.isin(block.kinds, _AGES).sum())
+        steps = rows(block, times, ageing=bool(self.meters))
+        for event, self.now, pages, kind, tid, a, b, told in steps:
             if history is not None and self.now >= history.due:
                 history.look(self.now, self._spaces)
             task = tasks.get(tid)
@@ -201,24 +190,40 @@ class Replay:
                 self._announced(task, (a, b))
                 continue
             if kind == "a":
-                await self._age(task, a, last - (a >> PAGE_SHIFT) + 1, b - a)
+                self._age(task, a, pages, b - a)
+                continue
+            if kind == RECLAIM:
+                await self._take(self._by_id.get(b) or self._owner(task, a), a, a + PAGE_SIZE)
                 continue
             if task.fault is not None:
                 await self._end_fault(task, task.fault)
-            if kind == "f":
-                await self._fault(task, a, last - (a >> PAGE_SHIFT) + 1, b)
-            elif kind == "F":
-                await self._fault(task, a, 1, b)
+            space = task.space
+            if told != OPEN and space is not None and not space.waits(task, b):
+                # A fault of which everything is known. The rest of this loop is rare.
+                write = b & CODE_WRITE != 0
+                if pages != 1 or not space.mm.access_nowait(a, write):
+                    await self._access(space, a, pages, write, step=told == COPIED)
+                if told == COPIED:
+                    space.recorded = True
+                    self.matches.copied(a & -PAGE_SIZE, pages, heard)
+                elif heard and space.recorded:
+                    self.matches.compare("fault", _NOTHING, heard)
+                if space.toucher is not None:
+                    await space.toucher.faulted(a, pages, write)
+                heard.clear()
+                await cond_resched(pages)
+            elif kind in "fF":
+                await self._fault(task, a, pages, b, told)
             elif kind == "v":
                 # Between program start and exit: its VM exists, announcements are recorded.
-                if task.space is not None:
-                    task.space.recorded = True
+                if space is not None:
+                    space.recorded = True
             elif kind == ">":
-                self._enter(task, texts[start])  # type: ignore[arg-type]
+                self._enter(task, texts[event])  # type: ignore[arg-type]
             elif kind == "<":
-                await self._leave(task, texts[start])  # type: ignore[arg-type]
+                await self._leave(task, a)
             elif kind == "o":
-                await self._mapped(task, texts[start])  # type: ignore[arg-type]
+                await self._mapped(task, texts[event])  # type: ignore[arg-type]
             elif kind == "g":
                 await self._guest_fault(task, a, b)
             elif kind == "n":
@@ -238,7 +243,8 @@ class Replay:
 
     # ------------------------------------------------------------------ faults
 
-    async def _fault(self, task: Task, address: int, pages: int, code: int) -> None:
+    async def _fault(self, task: Task, address: int, pages: int, code: int, told: int) -> None:
+        """A fault that may have to wait, or of which is not known yet what it announced."""
         space = task.space
         if space is None:
             self.unexplained["fault of a task that nobody cloned"] += pages
@@ -246,27 +252,38 @@ class Replay:
         if not space.tasks:
             # Its last task has exited, and clears its thread's number on the way.
             return
-        write = bool(code & _CODE_WRITE)
-        fault = task.fault = Fault(task, address, pages, write)
-        if space.writers and write and code & _CODE_PRESENT and task.call is None:
-            # Somebody has mmap_lock, and a fork may just have write-protected the page.
+        fault = task.fault = Fault(task, address, pages, bool(code & CODE_WRITE))
+        if told == COPIED:
+            space.recorded = True
+            start = address & -PAGE_SIZE
+            end = start + pages * PAGE_SIZE
+            fault.kernel += [(at, at + PAGE_SIZE) for at in range(start, end, PAGE_SIZE)]
+        if space.waits(task, code):
             space.held.append(fault)
         else:
             await self._do_fault(space, fault)
 
     async def _do_fault(self, space: Space, fault: Fault) -> None:
-        mm, address, pages = space.mm, fault.address, fault.pages
+        await self._access(space, fault.address, fault.pages, fault.write, step=True)
+        fault.model = self._told()
+        if space.toucher is not None:
+            await space.toucher.faulted(fault.address, fault.pages, fault.write)
+            self._heard.clear()
+
+    async def _access(
+        self, space: Space, address: int, pages: int, write: bool, *, step: bool
+    ) -> None:
+        """The program accesses some pages in a row; with `step` each for itself."""
+        mm = space.mm
         try:
-            if pages == 1:
-                await mm.access(address, fault.write)
-            else:
-                await mm.touch(address & -PAGE_SIZE, pages * PAGE_SIZE, fault.write)
+            if pages > 1 and not step:
+                await mm.touch(address & -PAGE_SIZE, pages * PAGE_SIZE, write)
+                return
+            for at in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
+                if not mm.access_nowait(at, write):
+                    await mm.access(at, write)
         except BadAddress:
             self.signals += 1
-        fault.model = self._take()
-        if space.toucher is not None:
-            await space.toucher.faulted(address, pages, fault.write)
-            self._heard.clear()
 
     async def _end_fault(self, task: Task, fault: Fault) -> None:
         space = task.space
@@ -278,7 +295,7 @@ class Replay:
         if space.recorded and (fault.kernel or fault.model):
             self.matches.compare("fault", fault.kernel, fault.model or _NOTHING)
 
-    def _take(self) -> list[Span]:
+    def _told(self) -> list[Span]:
         """What the drivers were told since this was last asked."""
         heard = self._heard
         if not heard:
@@ -320,7 +337,9 @@ class Replay:
         assert task.reclaimed is not None
         start, end = task.reclaimed
         task.reclaimed = task.aged = None
-        space = owner or self._owner(task, start)
+        await self._take(owner or self._owner(task, start), start, end)
+
+    async def _take(self, space: Space | None, start: int, end: int) -> None:
         self.given += 1
         if space is None:
             return
@@ -330,10 +349,9 @@ class Replay:
                 await self._machine.reclaim_pages([found.frame])
         self._heard.clear()
 
-    async def _age(self, task: Task, start: int, pages: int, size: int) -> None:
+    def _age(self, task: Task, start: int, pages: int, size: int) -> None:
         last = start + (pages - 1) * PAGE_SIZE
         task.aged = (last, last + size)
-        self.aged += pages
         space = self._owner(task, start) if self.meters else None
         if space is not None:
             clear_flush_young = space.mm.notifiers.clear_flush_young
@@ -342,7 +360,6 @@ class Replay:
 
     def _test_young(self, task: Task, address: int) -> None:
         space = self._owner(task, address)
-        self.aged += 1
         if space is not None:
             space.mm.notifiers.test_young(address)
 
@@ -364,7 +381,7 @@ class Replay:
             space.guest = max(anonymous, key=lambda vma: vma.pages).start
         host = space.guest + (address & -PAGE_SIZE)
         try:
-            await space.mm.primary.fault_in(host, write=bool(code & _CODE_WRITE))
+            await space.mm.primary.fault_in(host, write=bool(code & CODE_WRITE))
         except BadAddress as error:
             self.unexplained[f"guest fault: {error}"] += 1
         self._heard.clear()
@@ -378,16 +395,15 @@ class Replay:
         if task.space is not None and call.name in WRITERS:
             task.space.writers += 1
 
-    async def _leave(self, task: Task, done: Call) -> None:
+    async def _leave(self, task: Task, result: int) -> None:
         call, space = task.call, task.space
         task.call = None
-        if space is None:
-            self.unexplained[f"{done.name} by a task that nobody cloned"] += 1
-            return
         if call is None:
             # The clone that made the task returns in it, too.
             return
-        result = done.args[0]
+        if space is None:
+            self.unexplained[f"{call.name} by a task that nobody cloned"] += 1
+            return
         refused = None
         try:
             await self._calls.do(task, call.name, call.args, result)
@@ -395,7 +411,7 @@ class Replay:
             refused = error
         if (refused is not None) != (result >= ERRORS) and call.name in _CHECKED:
             self._differs(call, result, refused)
-        task.model += self._take()
+        task.model += self._told()
         if call.name in WRITERS:
             space.writers -= 1
             await self._let_go(space)
@@ -465,7 +481,7 @@ class Replay:
             born = await self._adopt(await space.mm.fork(self._name(child)))
             born.brk_known = space.brk_known
             born.guest = space.guest
-            task.model += self._take()
+            task.model += self._told()
             identity = self._introduced.pop(task.tid, None)
             if identity is not None:
                 self._by_id[identity] = born

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 CLONE_VM: Final = 0x100
 CLONE_FILES: Final = 0x400
+CODE_PRESENT: Final = 1
+CODE_WRITE: Final = 2
+_PROTECTED: Final = CODE_PRESENT | CODE_WRITE
 
 
 @attrs.define(eq=False)
@@ -38,6 +41,10 @@ class Space:
     """Faults that wait for a system call to let go of mmap_lock."""
     writers: int = 0
     """System calls under way that hold mmap_lock for writing."""
+
+    def waits(self, task: Task, code: int) -> bool:
+        """Whether a fault waits: somebody has mmap_lock, and may be write-protecting the page."""
+        return bool(self.writers) and code & _PROTECTED == _PROTECTED and task.call is None
 
 
 @attrs.define(eq=False)

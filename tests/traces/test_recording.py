@@ -125,15 +125,6 @@ def test_columns_are_what_the_lines_say() -> None:
             assert block.b[index] == int(fields[-1], 16)
 
 
-def test_next_page_faults_of_one_task_are_one_run(tmp_path: Path) -> None:
-    lines = ["1000 99 6", "2fff 98 6", "3000 99 6", "4000 99 7", "5000 99 7", "7000 99 7"]
-    text = "".join(f"1 f 7 {line}\n" for line in lines) + "1 f 8 8000 99 7\n1 u 8 9000 a000\n"
-    text += "1 a 8 9000 a000\n1 s 8 1 2\n1 a 8 a000 b000\n1 a 8 a000 b000\n"
-    begins, ends = only_block(recording(tmp_path, text)).runs()
-    assert begins.tolist() == [0, 3, 5, 6, 7, 8, 11]
-    assert ends.tolist() == [2, 4, 5, 6, 7, 10, 11]
-
-
 def test_truncated_xz_is_read_up_to_where_it_ends(tmp_path: Path) -> None:
     whole = (DATA / "redis.mmt.xz").read_bytes()
     path = tmp_path / "cut.mmt.xz"
