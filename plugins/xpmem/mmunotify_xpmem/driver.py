@@ -1,48 +1,205 @@
-"""A driver in the place of XPMEM's on the exporting side: it counts what that would be told.
+"""The MMU notifier of a thread group, in two colours, and its importers as a device.
 
-It exports nothing, so there is no attached mapping to recall and nothing to wait for; XPMEM's own
-waits for importers to let go of their page tables, which is why this one is sleepable. Which
-callbacks XPMEM implements: kernel/xpmem_mmu_notifier.c of github.com/hpc/xpmem.
+XPMEM is the driver that has to wait: its importers are in other partitions, and must have let go of
+a page before it is freed. Where reverse-map locks are rwsems it waits in the callback; where they
+are spinlocks it marks, and waits after they are dropped. Everything but that is shared.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
-from mmunotify import Log, SleepableDriver, define_event
+from mmunotify import PAGE_SHIFT, DeferredDriver, Event, SleepableDriver
+
+from . import events
+from .errors import MAXADDR_SIZE
+from .local import LocalPermit
+from .options import XpmemOptions
+from .pfns import merged
+from .thread_group import ThreadGroup
+from .xpmem import Xpmem
 
 if TYPE_CHECKING:
-    from mmunotify import Range
+    from collections import Counter
 
-COUNTED: Final = define_event(
-    "xpmem_counted",
-    "info",
-    "driver pages invalidate_range_start invalidate_range_end",
-    "At release: how often each callback was called, and the pages that the starts announced.",
-)
+    from mmunotify import Primary, Range
+
+    from .pfns import PfnTable
 
 
-class XpmemDriver(SleepableDriver):
-    """Counts its callbacks, and the pages that starts announce; logs the counters at release.
+class _Body:
+    """What both colours share: a thread group, and its importers."""
 
-    `logger` is a structlog logger.
-    """
+    def __init__(self, options: XpmemOptions | None = None, logger: object = None) -> None:
+        options = options or XpmemOptions()
+        self._serve(
+            ThreadGroup(Xpmem(logger=logger), None, pin=options.pin), importers=options.importers
+        )
 
-    def __init__(self, logger: object = None) -> None:
-        self.counters: Final[Counter[str]] = Counter()
-        """Calls by callback; `pages` is the sum of the pages of all starts."""
-        self._log = Log(logger, driver="xpmem")
+    def _serve(self, group: ThreadGroup, importers: int) -> None:
+        self.group: ThreadGroup = group
+        self.table: PfnTable = group.table
+        self.counters: Counter[str] = group.table.counters
+        """See `mmunotify.Device`."""
+        self._importers: list[LocalPermit] = []
+        self._wanted = importers
+        self._turn = 0
 
-    async def invalidate_range_start(self, rng: Range) -> None:
-        """Count the section and its pages."""
-        self.counters["invalidate_range_start"] += 1
-        self.counters["pages"] += rng.pages
-
-    async def invalidate_range_end(self, rng: Range) -> None:
-        """Count the section's end."""
-        self.counters["invalidate_range_end"] += 1
+    def attach(self, primary: Primary | None) -> None:
+        """Learn the address space; importers attach all of it."""
+        group = self.group
+        group.enter(primary)
+        if primary is not None and self._wanted:
+            segid = group.make(0, MAXADDR_SIZE)
+            segment = group.segments[segid]
+            self._importers = [LocalPermit(group, segment, write=True) for _ in range(self._wanted)]
 
     async def release(self) -> None:
-        """Log the counters."""
-        self._log.emit(COUNTED, **self.counters)
+        """The address space exits, or the driver leaves it: nobody has a page of it afterwards."""
+        await self.group.exit()
+        self.group.xpmem.log.emit(
+            events.COUNTED,
+            **{name: count for name, count in self.counters.items() if name in _COUNTED},
+        )
+
+    # ------------------------------------------------------------------ the device
+
+    def access(self, address: int, *, write: bool = False) -> bool:
+        """Whether the importer whose turn it is has a translation that allows this."""
+        importers = self._importers
+        if not importers:
+            return True
+        found = importers[self._turn].ptes.get(address >> PAGE_SHIFT)
+        if found is None or (write and not found.writable):
+            return False
+        self._turn = (self._turn + 1) % len(importers)
+        return True
+
+    async def fault(self, address: int, *, write: bool = False) -> None:
+        """Have the importer whose turn it is fault the page in."""
+        importers = self._importers
+        if importers:
+            importer = importers[self._turn]
+            self._turn = (self._turn + 1) % len(importers)
+            await importer.fault(address >> PAGE_SHIFT, write=write)
+
+    # ------------------------------------------------------------------ sections
+
+    def _unmapped(self, rng: Range) -> None:
+        """An UNMAP takes attachments of the process itself away, too."""
+        if rng.event is Event.UNMAP and self.group.attachments:
+            self.group.unmapped(rng.start, rng.end)
+
+    def _now(self, rng: Range) -> bool:
+        """Have everybody drop a range in one step; False, and nothing is changed, if it cannot."""
+        table = self.table
+        first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
+        if not table.local(first, last):
+            return False
+        table.invalidate(first, last)
+        return True
+
+
+class XpmemDriver(_Body, SleepableDriver):
+    """XPMEM where it may sleep: the start returns when every importer has acknowledged."""
+
+    @classmethod
+    def serving(cls, group: ThreadGroup) -> XpmemDriver:
+        """The driver of a thread group that is there already; without importers of its own."""
+        driver = cls.__new__(cls)
+        driver._serve(group, importers=0)
+        return driver
+
+    async def invalidate_range_start(self, rng: Range) -> None:
+        """Recall the range from all importers, and hold their faults off until the end."""
+        table = self.table
+        counters = table.counters
+        counters["invalidate_range_start"] += 1
+        first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
+        counters["pages"] += last - first
+        table.open.append((first, last))
+        if table.holders or table.pins or table.remotes:
+            wait = table.invalidate(first, last)
+            if wait is not None:
+                try:
+                    await self.group.xpmem.settle(table, wait)
+                except BaseException:
+                    table.end(first, last)
+                    self.group.xpmem.flush()
+                    raise
+
+    async def invalidate_range_end(self, rng: Range) -> None:
+        """Let faults in again."""
+        table = self.table
+        table.counters["invalidate_range_end"] += 1
+        self._unmapped(rng)
+        table.end(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))
+        if self.group.xpmem.exporter.outbox:
+            self.group.xpmem.flush()
+
+    def invalidate_range_start_nonblock(self, rng: Range) -> bool:
+        """Recall the range if no other partition has any of it."""
+        if not self._now(rng):
+            return False
+        self.table.open.append((rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)))
+        return True
+
+    def invalidate_range_end_nonblock(self, rng: Range) -> None:
+        """Let faults in again."""
+        self.table.end(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))
+        self.group.xpmem.flush()
+
+
+class DeferredXpmemDriver(_Body, DeferredDriver):
+    """XPMEM where it may not: it marks, and recalls what was marked when the locks are dropped.
+
+    Marks of many sections become one batch for each partition.
+    """
+
+    def __init__(self, options: XpmemOptions | None = None, logger: object = None) -> None:
+        super().__init__(options, logger)
+        self._marks: list[Range] = []
+
+    @classmethod
+    def serving(cls, group: ThreadGroup) -> DeferredXpmemDriver:
+        """The driver of a thread group that is there already; without importers of its own."""
+        driver = cls.__new__(cls)
+        driver._serve(group, importers=0)
+        driver._marks = []
+        return driver
+
+    def invalidate_range(self, rng: Range) -> None:
+        """Mark the range."""
+        self._marks.append(rng)
+
+    async def invalidate_range_sync(self, rng: Range) -> None:
+        """Recall everything that is marked, and wait for it."""
+        table = self.table
+        table.counters["invalidate_range_sync"] += 1
+        self._unmapped(rng)
+        marks = self._marks
+        if marks:
+            self._marks = []
+            table.counters["invalidate_range"] += len(marks)
+        if not (table.holders or table.pins or table.remotes):
+            return
+        # What was marked by others may be recalled early; what is marked here must be now.
+        ranges = [(mark.start >> PAGE_SHIFT, -(-mark.end >> PAGE_SHIFT)) for mark in marks]
+        ranges.append((rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)))
+        waits = [table.invalidate(first, last) for first, last in merged(ranges)]
+        for wait in waits:
+            if wait is not None:
+                await self.group.xpmem.settle(table, wait)
+
+    def invalidate_range_start_nonblock(self, rng: Range) -> bool:
+        """Recall the range if no other partition has any of it."""
+        return self._now(rng)
+
+
+_COUNTED: Final = frozenset(
+    (
+        *("invalidate_range_start", "invalidate_range_end"),
+        *("invalidate_range", "invalidate_range_sync", "pages"),
+        *("mapped", "flushes", "installed", "refaults", "retries", "served", "stores", "recalls"),
+    )
+)

@@ -1,0 +1,253 @@
+"""The PFN table of an exporter: who holds which page, which sections are open, what is pinned.
+
+One table per address space, in page numbers. An importer is in it from before it can have a page
+until it was told to drop it, so an invalidation asks the table alone, never the VMAs. Nothing here
+suspends; what is in the way of a section waits in `parked`, and what a section has to wait for is a
+`Wait`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final, Protocol
+
+import attrs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    from mmunotify import Pin
+
+LAST_PAGE: Final = 1 << 52
+"""One past the last page number that an address can have."""
+
+
+class Holder(Protocol):
+    """Whoever may have pages of the table: a permit of this process, or of another partition."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it has to be waited for: it is a `Remote`."""
+        ...
+
+    @property
+    def held(self) -> Iterable[int]:
+        """The pages that the table has it for."""
+        ...
+
+    def drop(self, pages: list[int]) -> None:
+        """Let go of these pages, ascending; a `Remote` has then something to acknowledge."""
+        ...
+
+
+class Remote(Holder, Protocol):
+    """A holder that has to be waited for."""
+
+    @property
+    def name(self) -> str:
+        """Whom a report says is waited for."""
+        ...
+
+    def unacked(self, first: int, last: int) -> int:
+        """What it has to acknowledge before it has nothing of [first, last) left; 0 if nothing."""
+        ...
+
+    def tell(self, number: int, wait: Wait) -> None:
+        """Call `wait.acknowledged` once `number` is acknowledged, or the holder is fenced."""
+        ...
+
+
+@attrs.define(slots=True, eq=False)
+class Wait:
+    """Acknowledgements that an invalidation needs; `done` is called when there are none left."""
+
+    pending: set[Remote] = attrs.field(factory=set)
+    done: Callable[[], object] | None = None
+
+    def acknowledged(self, holder: Remote) -> None:
+        """One less to wait for."""
+        self.pending.discard(holder)
+        if not self.pending and self.done is not None:
+            self.done()
+
+    @property
+    def waiting_for(self) -> list[str]:
+        """The partitions that have not acknowledged."""
+        return sorted({holder.name for holder in self.pending})
+
+
+class PfnTable:
+    """Pages of one address space, and who holds them."""
+
+    def __init__(self, unpin: Callable[[Pin], None] | None = None) -> None:
+        self.counters: Final[Counter[str]] = Counter()
+        """See `mmunotify.Device`."""
+        self.holders: Final[dict[int, set[Holder]]] = {}
+        self.pins: Final[dict[int, Pin]] = {}
+        """One for each page that somebody holds, where pages are pinned."""
+        self.remotes: Final[set[Remote]] = set()
+        """Holders that have invalidations to acknowledge."""
+        self.open: Final[list[tuple[int, int]]] = []
+        """The sections and recalls that are going on: [first, last) pages."""
+        self.waits: Final[set[Wait]] = set()
+        """What is waited for now."""
+        self._unpin = unpin
+        self._parked: list[tuple[int, int, Callable[[], object]]] = []
+        self._dropped: Final[set[int]] = set()
+
+    # ------------------------------------------------------------------ sections
+
+    def closed(self, first: int, last: int) -> bool:
+        """Whether a section is open over any page of [first, last)."""
+        return any(first < high and low < last for low, high in self.open)
+
+    def park(self, first: int, last: int, resume: Callable[[], object]) -> None:
+        """Call `resume` once no section is open over [first, last)."""
+        self._parked.append((first, last, resume))
+
+    def end(self, first: int, last: int) -> None:
+        """A section is over: what it kept out goes on."""
+        self.open.remove((first, last))
+        if self._parked:
+            parked, self._parked = self._parked, []
+            for entry in parked:
+                if self.closed(entry[0], entry[1]):
+                    self._parked.append(entry)
+                else:
+                    entry[2]()
+
+    def invalidate(self, first: int, last: int) -> Wait | None:
+        """Have everybody drop [first, last); what has to be acknowledged before they have.
+
+        A holder leaves the table when it is told. So that it may be served again at once, an
+        invalidation that finds it gone still waits for what it has not acknowledged.
+        """
+        wait = None
+        holders = self.holders
+        if holders:
+            if last - first <= len(holders):
+                pages = [page for page in range(first, last) if page in holders]
+            else:
+                pages = sorted([page for page in holders if first <= page < last])
+            if pages:
+                wait = self._take(pages)
+        if self.pins:
+            # A page is pinned before it has a holder.
+            pinned = self.pins if len(self.pins) < last - first else range(first, last)
+            self.let_go([page for page in pinned if first <= page < last])
+        if self.remotes:
+            wait = self._owed(first, last, wait)
+        if wait is None or not wait.pending:
+            return None
+        self.waits.add(wait)
+        return wait
+
+    def _take(self, pages: list[int]) -> Wait:
+        self.counters["flushes"] += 1
+        self.counters["mapped"] += len(pages)
+        self._dropped.update(pages)
+        victims: dict[Holder, list[int]] = {}
+        pop = self.holders.pop
+        for page in pages:
+            for holder in pop(page):
+                if holder in victims:
+                    victims[holder].append(page)
+                else:
+                    victims[holder] = [page]
+        for holder, dropped in victims.items():
+            holder.drop(dropped)
+        return Wait()
+
+    def _owed(self, first: int, last: int, wait: Wait | None) -> Wait | None:
+        """What was told now, and what was told before and is still not acknowledged."""
+        for remote in self.remotes:
+            number = remote.unacked(first, last)
+            if number:
+                if wait is None:
+                    wait = Wait()
+                wait.pending.add(remote)
+                remote.tell(number, wait)
+        return wait
+
+    def local(self, first: int, last: int) -> bool:
+        """Whether nothing of [first, last) has to be waited for."""
+        if any(remote.unacked(first, last) for remote in self.remotes):
+            return False
+        holders = self.holders
+        pages = range(first, last) if last - first <= len(holders) else list(holders)
+        return not any(
+            holder.remote
+            for page in pages
+            if first <= page < last
+            for holder in holders.get(page, ())
+        )
+
+    # ------------------------------------------------------------------ who holds what
+
+    def enter(self, first: int, last: int, holder: Holder) -> None:
+        """`holder` may have pages [first, last) from now on."""
+        holders = self.holders
+        for page in range(first, last):
+            known = holders.get(page)
+            if known is None:
+                holders[page] = {holder}
+            else:
+                known.add(holder)
+        counters = self.counters
+        counters["installed"] += last - first
+        if self._dropped:
+            again = [page for page in range(first, last) if page in self._dropped]
+            if again:
+                self._dropped.difference_update(again)
+                counters["refaults"] += len(again)
+
+    def leave(self, holder: Holder, pages: Collection[int]) -> None:
+        """`holder` has nothing of `pages` any more, and need not be told."""
+        holders = self.holders
+        for page in pages:
+            known = holders.get(page)
+            if known is not None:
+                known.discard(holder)
+                if not known:
+                    del holders[page]
+                    if page in self.pins:
+                        self.let_go((page,))
+
+    def let_go(self, pages: Iterable[int]) -> None:
+        """Unpin those of `pages` that are pinned."""
+        assert self._unpin is not None
+        for page in pages:
+            pin = self.pins.pop(page, None)
+            if pin is not None:
+                self._unpin(pin)
+                self.counters["unpinned"] += 1
+
+
+def runs_of(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Ascending pages as ranges [first, last)."""
+    first = last = -1
+    for page in pages:
+        if page == last:
+            last += 1
+        else:
+            if last > first:
+                yield first, last
+            first, last = page, page + 1
+    if last > first:
+        yield first, last
+
+
+def merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges in any order as ascending ones that neither meet nor touch."""
+    found: list[tuple[int, int]] = []
+    low = high = -1
+    for first, last in sorted(ranges):
+        if first <= high:
+            high = max(high, last)
+        else:
+            if high >= 0:
+                found.append((low, high))
+            low, high = first, last
+    if high >= 0:
+        found.append((low, high))
+    return found
