@@ -181,12 +181,15 @@ class MmuNotifier(AtomicDriver):
 
     # ------------------------------------------------------------------ the end
 
+    def zap_all(self) -> int:
+        """Drop every entry, and flush; how many pages were mapped (kvm_mmu_zap_all)."""
+        with self.mmu.lock:
+            return sum(self.zap(slot, 0, slot.pages) for slot in self.memslots)
+
     async def release(self) -> None:
         """Drop everything: no page of the address space has been freed yet."""
-        with self.mmu.lock:
-            for slot in self.memslots:
-                self.zap(slot, 0, slot.pages)
-            self.mmu.wake()
+        self.zap_all()
+        self.mmu.wake()
         self._invalidate_caches(0, ADDRESS_END)
         self._log.emit(RELEASED, **self.counters)
 
