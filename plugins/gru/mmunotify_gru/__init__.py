@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from .context import Context as Context
     from .driver import GruDriver as GruDriver
     from .gru import Gru as Gru
+    from .hardware.instructions import Exop as Exop
+    from .hardware.instructions import Xtype as Xtype
+    from .invariants import GruChecker as GruChecker
+    from .message_queue import MessageQueue as MessageQueue
+    from .message_queue import Sender as Sender
 
 DRIVER = DriverSpec(
     name="gru",
@@ -33,7 +38,12 @@ DRIVER = DriverSpec(
 _LATER = {
     "Context": "context",
     "Gru": "gru",
+    "GruChecker": "invariants",
     "GruDriver": "driver",
+    "MessageQueue": "message_queue",
+    "Sender": "message_queue",
+    "Exop": "hardware.instructions",
+    "Xtype": "hardware.instructions",
 }
 
 
