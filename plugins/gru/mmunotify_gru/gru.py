@@ -139,29 +139,34 @@ class Gru:
             )
         mode = MissMode(miss)
         self.check_place(blade, chiplet)
-        subscription = await notifiers.get(GruDriver, lambda: GruDriver(gru=self))
+        subscription = await notifiers.get(GruDriver, self.make_driver)
         gms = subscription.driver
-        try:
-            if gms.gru is not self:
-                raise GruError(f"{notifiers!r} has {gms.gru!r} already: expected to use that one")
-            gts = Gts(
-                gms,
-                f"{notifiers.name}/{gms.statistics.gts_alloc}",
-                cbrs=cbs,
-                dseg=dseg,
-                miss_mode=mode,
-                preload=preload,
-                blade=blade,
-                chiplet=chiplet,
-            )
-            context = Context(self, gts, cbs, dseg)
-            try:
-                yield context
-            finally:
-                context.close()
-                self.close(gts)
-        finally:
+        if gms.gru is not self:
             notifiers.put(subscription)
+            raise GruError(f"{notifiers!r} has {gms.gru!r} already: expected to use that one")
+        gts = Gts(
+            gms,
+            f"{notifiers.name}/{gms.statistics.gts_alloc}",
+            cbrs=cbs,
+            dseg=dseg,
+            miss_mode=mode,
+            preload=preload,
+            blade=blade,
+            chiplet=chiplet,
+            freed=lambda: notifiers.put(subscription),
+        )
+        context = Context(self, gts, cbs, dseg)
+        try:
+            yield context
+        finally:
+            context.close()
+            self.close(gts)
+
+    def make_driver(self) -> GruDriver:
+        """The driver of one more address space."""
+        from .driver import GruDriver
+
+        return GruDriver(gru=self)
 
     def check_place(self, blade: int | None, chiplet: int | None) -> None:
         """Raise NoResources for a blade, or a chiplet of a blade, that there is not."""

@@ -17,6 +17,8 @@ from .hardware.cbr import SavedCbr
 from .hardware.geometry import CBR_AU, DSR_AU
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .driver import GruDriver
     from .hardware.cbr import Cbr
     from .hardware.cch import Cch, MissMode
@@ -37,7 +39,7 @@ class Gts:
 
     __slots__ = (
         *("blade", "cbr_units", "cbrs", "cch", "chiplet", "closing", "dsr_units", "force_reload"),
-        *("gms", "huge", "loads", "lock", "miss_mode", "name", "preload", "references"),
+        *("freed", "gms", "huge", "loads", "lock", "miss_mode", "name", "preload", "references"),
         *("saved_cbrs", "saved_dseg", "state", "user"),
     )
 
@@ -52,9 +54,12 @@ class Gts:
         preload: int = 0,
         blade: int | None = None,
         chiplet: int | None = None,
+        freed: Callable[[], None] | None = None,
     ) -> None:
         self.gms: Final = gms
         self.name: Final = name
+        self.freed: Final = freed
+        """Called when it is freed: nobody needs its address space for it any more."""
         self.cbr_units: Final = -(-cbrs // CBR_AU)
         self.dsr_units: Final = -(-dseg // DSR_AU)
         self.miss_mode = miss_mode
@@ -100,7 +105,10 @@ class Gts:
             gms = self.gms
             gms.statistics.gts_free += 1
             gms.contexts.remove(self)
+            freed = self.freed
             self.__class__ = _FreedGts
+            if freed is not None:
+                freed()
 
 
 class _FreedGts(Gts):
