@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 
 _NOP: Final = Instruction(Opcode.NOP)
 _NO_DSEG: Final = bytearray()
+# Members of an enum as globals: looked up in their class they cost more than the rest (3.11).
+_IDLE: Final = CbStatus.IDLE
+_EXCEPTION: Final = CbStatus.EXCEPTION
+_ACTIVE: Final = CbStatus.ACTIVE
+_CALL_OS: Final = CbStatus.CALL_OS
+_CCH_ACTIVE: Final = CchState.ACTIVE
+_POLL: Final = MissMode.POLL
+_MISS_UPM: Final = TfhState.MISS_UPM
+_MISS_FMM: Final = TfhState.MISS_FMM
+_NO_CAUSE: Final = Cause.NONE
+_NO_ERROR: Final = Substatus.NO_ERROR
 
 
 @attrs.define(slots=True)
@@ -33,9 +44,9 @@ class SavedCbr:
 
     instruction: Instruction = _NOP
     progress: int = 0
-    status: CbStatus = CbStatus.IDLE
-    substatus: Substatus = Substatus.NO_ERROR
-    cause: Cause = Cause.NONE
+    status: CbStatus = _IDLE
+    substatus: Substatus = _NO_ERROR
+    cause: Cause = _NO_CAUSE
     fault_address: int | None = None
     value: int = 0
 
@@ -102,19 +113,19 @@ class Cbr:
 
     def start(self, instruction: Instruction) -> None:
         """Begin an instruction, and execute as much of it as can be. Raises ValueError if busy."""
-        if self.status is CbStatus.ACTIVE or self.status is CbStatus.CALL_OS:
+        if self.status is _ACTIVE or self.status is _CALL_OS:
             raise ValueError(f"{self!r}: expected an idle control block")
         self.instruction = instruction
         self.progress = 0
-        self.cause = Cause.NONE
-        self.substatus = Substatus.NO_ERROR
-        self.status = CbStatus.ACTIVE
+        self.cause = _NO_CAUSE
+        self.substatus = _NO_ERROR
+        self.status = _ACTIVE
         self.resume()
 
     def abort(self) -> None:
         """Stop what it does, wherever it is; its handle is idle then."""
         self.tfh.idle()
-        self.status = CbStatus.IDLE
+        self.status = _IDLE
 
     # ------------------------------------------------------------------ the hardware's side
 
@@ -122,14 +133,14 @@ class Cbr:
         """Run on, if there is something to do and nothing in the way."""
         if (
             self.running
-            or self.status is CbStatus.IDLE
-            or self.status is CbStatus.EXCEPTION
+            or self.status is _IDLE
+            or self.status is _EXCEPTION
             or self.tfh.missing
             or self.cch is None
-            or self.cch.state is not CchState.ACTIVE
+            or self.cch.state is not _CCH_ACTIVE
         ):
             return
-        self.status = CbStatus.ACTIVE
+        self.status = _ACTIVE
         if self.chiplet.fabric and self.progress == 0:
             error = self.chiplet.fabric_error()
             if error:
@@ -138,7 +149,7 @@ class Cbr:
         self.running = True
         try:
             if OPERATIONS[self.instruction.opcode](self, self.instruction):
-                self.status = CbStatus.IDLE
+                self.status = _IDLE
         finally:
             self.running = False
 
@@ -153,14 +164,14 @@ class Cbr:
         assert cch is not None
         if not self.asid:
             tag = 0
-        if cch.miss_mode is MissMode.POLL:
-            tfh.raise_miss(tag, address, write, TfhState.MISS_UPM)
+        if cch.miss_mode is _POLL:
+            tfh.raise_miss(tag, address, write, _MISS_UPM)
             self.call_os()
             return None
         while True:
-            tfh.raise_miss(tag, address, write, TfhState.MISS_FMM)
+            tfh.raise_miss(tag, address, write, _MISS_FMM)
             chiplet.raise_interrupt(self)
-            if tfh.missing or self.status is not CbStatus.ACTIVE:
+            if tfh.missing or self.status is not _ACTIVE:
                 return None
             entry = chiplet.tlb.lookup(tag, address, write)
             if entry is not None:
@@ -168,13 +179,13 @@ class Cbr:
 
     def call_os(self) -> None:
         """Show the user that only the operating system can help."""
-        self.status = CbStatus.CALL_OS
+        self.status = _CALL_OS
 
     def stop(self, cause: Cause) -> bool:
         """End the instruction with an exception; False, as an operation answers."""
         self.cause = cause
         self.fault_address = None
-        self.status = CbStatus.EXCEPTION
+        self.status = _EXCEPTION
         return False
 
     def fatal(self, address: int) -> None:
@@ -185,5 +196,5 @@ class Cbr:
     def interrupt(self) -> None:
         """The context stops: a miss is forgotten, and will be had again."""
         self.tfh.idle()
-        if self.status is CbStatus.CALL_OS:
-            self.status = CbStatus.ACTIVE
+        if self.status is _CALL_OS:
+            self.status = _ACTIVE
