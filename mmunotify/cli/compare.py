@@ -102,6 +102,7 @@ def _fastest(file: Path, design: Design, repeat: int, *, quiet: bool) -> dict[st
             "callbacks": sum(told["callbacks"].values()),
             "mapped": told["mapped"],
             "refaults": told["refaults"],
+            "counters": told["counters"],
             "callback_seconds": told["callback_seconds"],
             "replay_seconds": found["replay_seconds"],
             "stopped": found["stopped"],

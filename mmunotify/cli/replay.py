@@ -213,7 +213,7 @@ def show(console: Console, found: dict[str, Any]) -> None:
 
 
 def driver_table(drivers: list[dict[str, Any]]) -> Table:
-    """One column per driver. A dash: the driver has no device that would count it."""
+    """One column per driver. A dash: the driver does not count it."""
     table = Table("", box=None, pad_edge=False)
     for row in drivers:
         table.add_column(f"{row['driver']} ({row['kind']})", justify="right")
@@ -224,4 +224,7 @@ def driver_table(drivers: list[dict[str, Any]]) -> Table:
         table.add_row(label, *numbers)
     times = (f"{row['callback_seconds']:.3f} s" for row in drivers)
     table.add_row("time in callbacks", *times)
+    for name in dict.fromkeys(name for row in drivers for name in row["counters"]):
+        own = (row["counters"].get(name) for row in drivers)
+        table.add_row(name, *("-" if count is None else f"{count:,}" for count in own))
     return table

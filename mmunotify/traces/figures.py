@@ -26,15 +26,20 @@ def design_figures(design: Design) -> dict[str, Any]:
 
 
 def driver_figures(meter: Meter) -> dict[str, Any]:
-    """One driver's costs; a counter that its device does not keep is None."""
+    """One driver's costs; a counter that its device does not keep is None.
+
+    `counters` are those that only this driver has, without what it never counted.
+    """
     counters = meter.counters
     known = {name: counters.get(name, 0) if meter.is_device else None for name in COUNTERS}
+    own = {name: count for name, count in counters.items() if count and name not in COUNTERS}
     return {
         "driver": meter.name,
         "kind": meter.kind.__name__.removesuffix("Driver").lower(),
         "callbacks": dict(sorted(meter.calls.items())),
         "pages": meter.pages,
         **known,
+        "counters": own,
         "callback_seconds": meter.ns / 1e9,
         "latencies": {bits: count for bits, count in enumerate(meter.latencies) if count},
     }

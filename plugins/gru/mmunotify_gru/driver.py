@@ -25,8 +25,9 @@ from .flush import purges
 from .gru import Gru
 from .gts import Gts
 from .hardware.cch import MissMode
-from .hardware.geometry import PURGE_ALL, REGIONS, tag_of
+from .hardware.geometry import REGIONS, tag_of
 from .hardware.instructions import Cause, CbStatus, Exop, Instruction, Opcode, Xtype
+from .hardware.tgh import NOTHING
 from .options import GruOptions
 from .statistics import Statistics
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from .state import GruState
 
 _HUGE: Final = 1 << PMD_SHIFT - PAGE_SHIFT
-_ALL: Final = PURGE_ALL - 1
 _DEFAULTS: Final = GruOptions()
 
 
@@ -163,38 +163,38 @@ class GruDriver(AtomicDriver):
         """Drop [start, end), in bytes, from the TLBs that may have it (gru_flush_tlb_range)."""
         statistics = self.statistics
         statistics.flush_tlb += 1
+        small = self.purges(start, end)
         before = self.mapped
-        single = len(self.asidmap) == 1
-        seen: set[int] = set()
+        # The same page may be in the TLBs of several chiplets.
+        seen: set[int] | None = set() if len(self.asidmap) > 1 else None
         for state, tracker in [*self.asidmap.items()]:
             statistics.flush_tlb_gru += 1
-            if tracker.contexts and tracker.asid:
-                self._purge(state, tracker, start, end, None if single else seen)
-            else:
+            if not (tracker.contexts and tracker.asid):
                 self._give_up(state, tracker, start, end)
+                continue
+            for address, field in small:
+                statistics.flush_tlb_gru_tgh += 1
+                dropped = state.take_tgh().invalidate(
+                    address, tracker.asid, PAGE_SHIFT, field, tracker.contexts
+                )
+                if dropped is not NOTHING:
+                    self._count_dropped(dropped, start, end, seen)
+            if tracker.huge:
+                self._purge_huge(state, tracker, start, end, seen)
         if self.mapped != before:
             self.flushes += 1
 
-    def _purge(
+    def _purge_huge(
         self, state: GruState, tracker: MmAsid, start: int, end: int, seen: set[int] | None
     ) -> None:
-        everything = False
-        for address, field in self.purges(start, end):
+        """What a purge of base pages has left of [start, end)."""
+        for address, field in self.purges(start, end, PMD_SHIFT):
             self.statistics.flush_tlb_gru_tgh += 1
-            everything = field == _ALL
             dropped = state.take_tgh().invalidate(
-                address, tracker.asid, PAGE_SHIFT, field, tracker.contexts
+                address, tracker.asid, PMD_SHIFT, field, tracker.contexts
             )
-            if dropped.pages or dropped.huge:
+            if dropped is not NOTHING:
                 self._count_dropped(dropped, start, end, seen)
-        if tracker.huge and not everything:
-            for address, field in self.purges(start, end, PMD_SHIFT):
-                self.statistics.flush_tlb_gru_tgh += 1
-                dropped = state.take_tgh().invalidate(
-                    address, tracker.asid, PMD_SHIFT, field, tracker.contexts
-                )
-                if dropped.pages or dropped.huge:
-                    self._count_dropped(dropped, start, end, seen)
 
     def _give_up(self, state: GruState, tracker: MmAsid, start: int, end: int) -> None:
         """Flush later: nobody is loaded there, and nobody will run under this ASID again."""
@@ -220,7 +220,6 @@ class GruDriver(AtomicDriver):
         if seen is None:
             self.mapped += len(inside)
         else:
-            # The same page may be in the TLBs of several chiplets.
             before = len(seen)
             seen.update(inside)
             self.mapped += len(seen) - before

@@ -22,8 +22,6 @@ from .hardware.geometry import CACHE_LINE
 from .hardware.instructions import Exop, Substatus, Xtype
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from .context import Context
     from .statistics import Statistics
 
@@ -226,10 +224,12 @@ class MessageQueue:
             slot = self.address + self._next * CACHE_LINE
             await self.context.gamerr(Exop.NPOLL, slot, 0, xtype=Xtype.W)
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """Every message, as they come."""
-        while True:
-            yield await self.receive()
+    def __aiter__(self) -> MessageQueue:
+        """Every message, as they come, without end."""
+        return self
+
+    async def __anext__(self) -> bytes:
+        return await self.receive()
 
     async def _take(self) -> bytes | None:
         while True:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from mmunotify import ADDRESS_END, PAGE_SHIFT
 
-from .geometry import PURGE_ALL, tag_of
+from .geometry import PURGE_ALL, REGION_SHIFT, REGIONS
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -28,6 +28,9 @@ class Dropped(NamedTuple):
     """In units of PMD_SIZE."""
 
 
+NOTHING: Final = Dropped((), ())
+
+
 class Tgh:
     """One handle; its work is done when a method returns."""
 
@@ -41,20 +44,24 @@ class Tgh:
     def invalidate(self, address: int, asid: int, shift: int, field: int, contexts: int) -> Dropped:
         """Drop `field + 1` pages of `1 << shift` bytes at `address`; a field of 1 023, everything.
 
-        `field` is taken modulo 1 024, as a register of 10 bits takes what is written to it.
+        `field` is taken modulo 1 024, as a register of 10 bits takes what is written to it. Returns
+        `NOTHING` if nothing was found.
         """
         chiplet = self.chiplet
-        tag = tag_of(asid, address)
+        tag = asid + (address >> REGION_SHIFT & (REGIONS - 1))
         count = (field & (PURGE_ALL - 1)) + 1
         self.invalidates += 1
         if count == PURGE_ALL:
             start, end = 0, ADDRESS_END
-            dropped = Dropped(*chiplet.tlb.invalidate_tag(tag))
+            pages, huge = chiplet.tlb.invalidate_tag(tag)
+            dropped = Dropped(pages, huge) if pages or huge else NOTHING
         else:
             first = address >> shift
             start, end = first << shift, (first + count) << shift
+            dropped = NOTHING
             found = chiplet.tlb.invalidate(tag, first, count, shift)
-            dropped = Dropped(found, ()) if shift == PAGE_SHIFT else Dropped((), found)
+            if found:
+                dropped = Dropped(found, ()) if shift == PAGE_SHIFT else Dropped((), found)
         if chiplet.missing:
             for tfh in chiplet.missing.values():
                 tfh.invalidated(tag, start, end, contexts)
