@@ -53,6 +53,10 @@ app.command(
 )
 
 
+INTERRUPTED = 130
+"""The exit status of who was ended by Ctrl-C."""
+
+
 def run() -> int | str:
     """Run the command line of this process; the exit status, or the line that explains it."""
     words = sys.argv[1:]
@@ -68,6 +72,10 @@ def run() -> int | str:
     )
     try:
         status: int | None = app(arguments)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return INTERRUPTED
     except Exception as error:
         if debug:
             raise

@@ -13,7 +13,7 @@ from rich.console import Console
 from mmunotify.errors import RecorderError
 from mmunotify.traces.record import residue
 from mmunotify.traces.record.means import kernel_route
-from mmunotify.traces.record.recorder import record as record_command
+from mmunotify.traces.record.recorder import Recorder
 from mmunotify.traces.record.tracefs import TraceFs
 
 if TYPE_CHECKING:
@@ -63,13 +63,14 @@ def record(
         means = kernel_route(stack, _say)
         for pid in residue.recorders(means.tracefs.instances()):
             _say(f"process {pid} is recording too: each slows the other down")
+        if any(residue.orphans(means.tracefs)):
+            _say("a recorder was killed: `mmunotify record --cleanup` removes what it has left")
         counters = console.status("starting")
         shown = not quiet and console.is_terminal
         if shown:
             stack.enter_context(counters)
-        outcome = record_command(
-            command, output, means, buffer_mib=buffer, show=lambda now: _show(counters, now)
-        )
+        recorder = Recorder(command, output, means, lambda now: _show(counters, now))
+        outcome = recorder.record(buffer_mib=buffer)
     _sum_up(output, outcome)
     return outcome.status
 
@@ -84,6 +85,8 @@ def _show(counters: Status, now: Progress) -> None:
         counts.append(f"{now.events[1]:,} announcements and counters")
     counts.append(f"{now.copied >> 20:,} MiB")
     counts.append(f"{now.lost:,} lost")
+    if now.written is not None:
+        counts.append(f"{now.written:,} lines written")
     counters.update(f"{now.seconds:.1f} s: {', '.join(counts)}")
 
 
@@ -93,8 +96,11 @@ def _sum_up(output: Path, outcome: Outcome) -> None:
         _say(f"{sum(outcome.lost):,} events were lost: record again with a larger --buffer")
     for path, reason, count in outcome.unobserved:
         _say(f"{count} x {path}: announcements are missing ({reason})")
-    if outcome.running:
-        _say("the command still runs, and is no longer recorded")
+    if outcome.running is not None:
+        _say(
+            f"the command (process {outcome.running}) still runs, and is no longer recorded; "
+            "when it has ended, `mmunotify record --cleanup` removes what it has been lent"
+        )
 
 
 def _clean_up() -> int:

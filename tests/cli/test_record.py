@@ -3,34 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import pytest
 
-from machine import needs_announcements
+from machine import needs, needs_announcements, needs_kernel, tracing_state
+from mmunotify.cli.record import record as record_command
+from mmunotify.errors import RecorderError
 from mmunotify.traces.figures import figures
 from mmunotify.traces.recording import Recording
 from mmunotify.traces.replay import Design, Replay
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 MMUNOTIFY = (sys.executable, "-m", "mmunotify")
 
 
-def record(path: Path, *command: str, status: int = 0) -> str:
-    """Record a command; what was said on standard error."""
+def run(*arguments: object, status: int = 0, **options: Any) -> str:
+    """`mmunotify record` with these arguments; what it said on standard error."""
     done = subprocess.run(
-        [*MMUNOTIFY, "record", "-o", str(path), "--", *command],
+        [*MMUNOTIFY, "record", *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
+        **options,
     )
-    assert done.returncode == status, done.stderr
-    return done.stderr
+    said: str = done.stderr
+    assert done.returncode == status, said
+    return said
+
+
+def record(path: Path, *command: str, status: int = 0) -> str:
+    return run("-o", path, "--", *command, status=status)
+
+
+def header(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text().partition("\n")[0][1:])
+    return found
+
+
+def lines(path: Path, kind: str) -> list[list[str]]:
+    """The events of one kind, without the time."""
+    words = (line.split(" ") for line in path.read_text().splitlines()[1:])
+    return [rest for _, found, *rest in words if found == kind]
+
+
+@pytest.fixture
+def machine_as_before() -> Iterator[None]:
+    """The machine's tracing is left as it was found."""
+    before = tracing_state()
+    yield
+    assert tracing_state() == before
 
 
 def replayed(path: Path) -> dict[str, Any]:
@@ -67,10 +97,161 @@ def test_a_recorded_python_replays_as_the_kernel_announced_it(tmp_path: Path) ->
     assert not found["truncated"]
 
 
+@pytest.mark.long
 @needs_announcements
+@pytest.mark.usefixtures("machine_as_before")
 def test_the_exit_status_is_the_commands(tmp_path: Path) -> None:
     path = tmp_path / "sh.mmt"
     record(path, "sh", "-c", "exit 7", status=7)
-    header = json.loads(path.read_text().partition("\n")[0][1:])
-    assert (header["status"], header["cmd"]) == (7, ["sh", "-c", "exit 7"])
-    assert (header["format"], header["vm"], sum(header["lost"])) == (1, True, 0)
+    first = header(path)
+    assert (first["status"], first["cmd"]) == (7, ["sh", "-c", "exit 7"])
+    assert (first["format"], first["vm"], sum(first["lost"])) == (1, True, 0)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143)])
+def test_a_signal_ends_the_command_and_the_recording_is_whole(
+    tmp_path: Path, name: str, status: int
+) -> None:
+    path = tmp_path / "sleep.mmt"
+    record(path, "bash", "-c", f"kill -{name} $PPID; exec sleep 50", status=status)
+    assert not Recording(path).truncated
+    assert lines(path, "e")
+    assert os.listdir(tmp_path) == ["sleep.mmt"]
+
+
+@pytest.mark.long
+@needs_kernel
+def test_the_second_signal_ends_the_recording_before_the_command(tmp_path: Path) -> None:
+    path, fifo = tmp_path / "stubborn.mmt", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    # Its output is closed, so that nobody waits for that.
+    program = "exec >&- 2>&-; trap '' TERM; kill -TERM $PPID; sleep 0.3; kill -TERM $PPID; read <$0"
+    said = run("-o", path, "--", "bash", "-c", program, fifo, status=143)
+    assert "still runs" in said
+    assert lines(path, "f")
+    fifo.open("w").close()
+
+
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+def test_what_a_killed_recorder_leaves_is_cleaned_up(tmp_path: Path) -> None:
+    path = tmp_path / "killed.mmt"
+    before = tracing_state()
+    record(path, "bash", "-c", "kill -KILL $PPID", status=-9)
+    assert tracing_state() != before
+    said = run("--cleanup")
+    assert "removed tracefs instance mmunotify-" in said
+    assert "nothing to remove" in run("--cleanup")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.long
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+def test_a_second_recorder_is_named_and_both_record(tmp_path: Path) -> None:
+    inner = [*MMUNOTIFY, "record", "-o", str(tmp_path / "inner.mmt"), "--", "true"]
+    said = record(tmp_path / "outer.mmt", *inner)
+    assert "is recording too" in said
+    assert lines(tmp_path / "inner.mmt", "x")[0][1].endswith("/true")
+    assert any(words[1].endswith("/true") for words in lines(tmp_path / "outer.mmt", "x"))
+
+
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+def test_what_finds_no_room_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "lossy.mmt"
+    # The recorder is stopped while its command does more than the rings can hold.
+    program = (
+        "import mmap, os, signal\n"
+        "recorder = os.getppid()\n"
+        "os.kill(recorder, signal.SIGSTOP)\n"
+        "mmap.mmap(-1, 200 << 20).write(bytes(200 << 20))\n"
+        "os.kill(recorder, signal.SIGCONT)\n"
+    )
+    said = run("-o", path, "--buffer", 1, "--", sys.executable, "-c", program)
+    lost = sum(header(path)["lost"])
+    assert lost > 10_000
+    assert f"{lost:,} events were lost" in said
+    assert Recording(path).header.lost == lost
+
+
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
+    try:
+        said = record(disk / "full.mmt", "sh", "-c", "ls -lR /usr/lib >/dev/null", status=1)
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    assert "full.mmt: cannot be written: No space left on device" in said
+    assert "Traceback" not in said
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("words", "output", "message"),
+    [
+        (("no-such-program",), "x.mmt", r"no-such-program: expected a program, found none"),
+        (("/etc/passwd",), "x.mmt", r"/etc/passwd: .* found a file that is not executable"),
+        (("true",), "no/such/place.mmt", r"place.mmt: cannot be written: No such file"),
+        ((), "x.mmt", r"expected a command: mmunotify record -o FILE"),
+        (("true",), None, r"expected -o FILE"),
+    ],
+)
+def test_what_cannot_be_recorded_says_what_was_expected(
+    words: tuple[str, ...], output: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecorderError, match=message):
+        record_command(*words, output=tmp_path / output if output else None)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_cleanup_records_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RecorderError, match="--cleanup: expected no command"):
+        record_command("true", cleanup=True)
+
+
+@pytest.mark.long
+@needs_kernel
+@pytest.mark.usefixtures("machine_as_before")
+def test_a_command_that_vanishes_before_it_runs_is_one_clear_line(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/interpreter\n")
+    script.chmod(0o755)
+    said = record(tmp_path / "x.mmt", str(script), status=1)
+    assert said.splitlines() == [f"mmunotify: {script}: cannot be run: No such file or directory"]
+    assert os.listdir(tmp_path) == ["script"]
+
+
+@needs_announcements
+@needs("cc")
+@pytest.mark.usefixtures("machine_as_before")
+def test_programs_that_cannot_be_followed_are_named(tmp_path: Path) -> None:
+    source = tmp_path / "quiet.c"
+    source.write_text("int main(void) { return 0; }\n")
+    static, plain, path = tmp_path / "static", tmp_path / "plain", tmp_path / "x.mmt"
+    subprocess.run(["cc", "-static", "-o", static, source], check=True)
+    subprocess.run(["cc", "-o", plain, source], check=True)
+    said = record(path, "bash", "-c", f"{static}; {static}; env -i {plain}; {plain}")
+    assert header(path)["unobserved"] == [
+        [str(plain), "started without the recorder's environment", 1],
+        [str(static), "a static binary", 2],
+    ]
+    assert f"2 x {static}: announcements are missing (a static binary)" in said
+
+
+@pytest.mark.long
+@needs_announcements
+@needs("setpriv")
+@pytest.mark.usefixtures("machine_as_before")
+def test_programs_of_other_users_are_observed(tmp_path: Path) -> None:
+    path = tmp_path / "nobody.mmt"
+    record(path, "setpriv", "--reuid=65534", "--clear-groups", "sh", "-c", "exit 0")
+    assert header(path)["unobserved"] == []
+    assert len({words[0] for words in lines(path, "v") if words[1] == "S"}) == 1
+    assert sum(words[-1].startswith("anon_inode:kvm-vcpu") for words in lines(path, "o")) == 2

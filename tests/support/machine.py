@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import ExitStack
 from functools import cache
@@ -10,7 +9,9 @@ from functools import cache
 import pytest
 
 from mmunotify.errors import RecorderError
+from mmunotify.traces.record import residue
 from mmunotify.traces.record.means import kernel_route
+from mmunotify.traces.record.tracefs import TraceFs
 
 
 @cache
@@ -35,6 +36,19 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(absent), reason=f"{', '.join(absent)} is not installed")
 
 
-def is_root() -> bool:
-    """Whether the tests may do everything."""
-    return os.geteuid() == 0
+_GLOBAL = "tracing_on set_event set_event_pid current_tracer trace_clock buffer_size_kb"
+
+
+def tracing_state() -> dict[str, object]:
+    """Everything of the machine's tracing that a recorder could have changed."""
+    with TraceFs() as tracefs:
+        # Others may be recording: what counts is what nobody uses any more.
+        state: dict[str, object] = {"orphans": residue.orphans(tracefs)}
+        for name in _GLOBAL.split():
+            with open(f"{tracefs.path}/{name}") as file:
+                state[name] = file.read()
+        with open(f"{tracefs.path}/events/enable") as file:
+            state["events"] = file.read()
+    with open("/proc/self/mountinfo") as file:
+        state["mounts"] = sum("tracefs" in line for line in file)
+    return state

@@ -66,9 +66,13 @@ class Composer:
             "m": self._count,
         }
 
-    def compose(self, batches: Iterable[Events]) -> None:
-        """Write everything down. Raises RecorderError where there is no room."""
+    def compose(self, batches: Iterable[Events], proceed: Callable[[], None]) -> None:
+        """Write everything down; `proceed` is called now and then, and may raise to end it.
+
+        Raises RecorderError where there is no room.
+        """
         for events in batches:
+            proceed()
             self._last.clear()
             for time, kind, tid, values, text in events.rows():
                 if not self._started:
@@ -103,7 +107,7 @@ class Composer:
 
     def _enter(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
         call = BY_NUMBER.get(values[0])
-        if call is None or tid not in self.tree or self.tree.narrow(tid):
+        if call is None or self.tree.narrow(tid):
             return None
         arguments = values[1 : 1 + call.arguments]
         self._calls[tid] = call.name, arguments
@@ -111,7 +115,7 @@ class Composer:
 
     def _leave(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
         call = BY_NUMBER.get(values[0])
-        if call is None or tid not in self.tree or self.tree.narrow(tid):
+        if call is None or self.tree.narrow(tid):
             return None
         _, arguments = self._calls.pop(tid, ("", []))
         result = values[1]
@@ -126,20 +130,14 @@ class Composer:
         return f" {values[0]:x} {values[1]:x}"
 
     def _clone(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
-        if tid not in self.tree:
-            return None
         self.tree.cloned(tid, values[0], values[1])
         return f" {values[0]} {values[1]:x}"
 
     def _exec(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
-        if tid not in self.tree:
-            return None
         self.tree.executed(tid, self._programs.pop(tid, text or ""))
         return f" {text}"
 
     def _exit(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
-        if tid not in self.tree:
-            return None
         self._calls.pop(tid, None)
         self.tree.exited(tid)
         return ""

@@ -46,21 +46,25 @@ class Command:
         self._tell, self._failed = tell, failed
         self.status: int | None = None
         """The exit status of the command, as a shell shows it; None while it runs."""
+        self._let_go = False
         self.usage = [0.0] * 4
         """Of all that has ended: minor and major faults, seconds in user mode and in the kernel."""
 
     def start(self) -> None:
         """Let it go. Raises RecorderError if it cannot be run after all."""
+        self._let_go = True
         os.write(self._tell, b"g")
         os.close(self._tell)
         code = os.read(self._failed, 16)
         os.close(self._failed)
         if code:
+            # Until then it has everything open that this process has.
+            os.waitpid(self.pid, 0)
             raise RecorderError(f"{self.path}: cannot be run: {os.strerror(int(code))}")
 
     def abandon(self) -> None:
         """End it if it has not been let go."""
-        if self.status is None:
+        if not self._let_go:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import select
@@ -10,9 +11,11 @@ import signal
 import sys
 import time
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, BinaryIO, Final
 
 import attrs
+
+from mmunotify.errors import RecorderError
 
 from . import residue, shim, timeline
 from .capture import Capture
@@ -46,6 +49,8 @@ class Progress:
     lost: int
     copied: int
     """Bytes."""
+    written: int | None = None
+    """Lines, once the command has ended."""
 
 
 @attrs.define
@@ -62,8 +67,11 @@ class Outcome:
     """Programs in which there was no VM, why, and how often."""
     foreign: int
     """Announcements about memory of others, left out."""
-    running: bool
-    """The recording has ended before the command."""
+    running: int | None
+    """The number of the command, if the recording has ended before it.
+
+    Then a directory stays behind that it needs; `residue.remove` removes it.
+    """
 
 
 @attrs.define
@@ -73,61 +81,173 @@ class _Run:
     command: Command
     began: int
     ended: int
+    last: Progress
     lost: list[int]
     copies: bytes
-    signal: int | None
 
 
-def record(
-    words: Sequence[str],
-    path: Path,
-    means: Means,
-    *,
-    buffer_mib: int,
-    show: Callable[[Progress], None],
-) -> Outcome:
-    """Run a command and write down what it did to its memory.
+class Recorder:
+    """Records one command. `show` is called with the progress several times a second."""
 
-    Raises RecorderError if there is nothing to run, or no room for the recording.
-    """
-    find(words[0])
-    with ExitStack() as files, no_room(path):
-        writer = RecordingWriter(path)
+    def __init__(
+        self, words: Sequence[str], path: Path, means: Means, show: Callable[[Progress], None]
+    ) -> None:
+        self._words: Final = tuple(words)
+        self._path: Final = path
+        self._means: Final = means
+        self._show: Final = show
+        self._signals: Final[list[int]] = []
+        self._due = 0.0
 
-        def spool() -> BinaryIO:
-            return files.enter_context(scratch(path))
+    def record(self, *, buffer_mib: int) -> Outcome:
+        """Run the command, and write down what it did to its memory.
 
-        with _Signals() as signals, ExitStack() as stack:
-            directory = stack.enter_context(_public_directory()) if means.library else None
-            capture = stack.enter_context(
-                Capture(
-                    means.tracefs,
-                    residue.own_name(),
-                    spool,
-                    announcements=means.library is not None,
-                    side_band=means.side_band,
-                    buffer_kib=buffer_mib << 10,
+        Raises RecorderError if there is nothing to run, no room for the recording, or a second
+        signal while it is written.
+        """
+        find(self._words[0])
+        with no_room(self._path), ExitStack() as files, _noting(self._signals):
+
+            def spool() -> BinaryIO:
+                return files.enter_context(scratch(self._path))
+
+            writer = RecordingWriter(self._path, spool())
+
+            with ExitStack() as stack:
+                library = self._means.library
+                pinned = stack.enter_context(ExitStack())
+                directory = pinned.enter_context(_public_directory()) if library else None
+                capture = stack.enter_context(
+                    Capture(
+                        self._means.tracefs,
+                        residue.own_name(),
+                        spool,
+                        announcements=library is not None,
+                        side_band=self._means.side_band,
+                        buffer_kib=buffer_mib << 10,
+                    )
                 )
-            )
-            run = _run(words, means, directory, capture, signals, show)
-        return _write(words, means, capture, run, writer)
+                run = self._run(capture, directory)
+                if run.command.status is None and directory is not None:
+                    # What it still starts would complain of a library that is gone.
+                    pinned.pop_all()
+            return self._write(capture, run, writer)
+
+    def _run(self, capture: Capture, directory: Path | None) -> _Run:
+        command = Command(self._words, _environment(self._means, directory))
+        nice = os.getpriority(os.PRIO_PROCESS, 0)
+        try:
+            capture.start(command.pid)
+            # Whoever drains the rings must not have to wait for those who fill them.
+            os.setpriority(os.PRIO_PROCESS, 0, min(nice, _NICE))
+            began = time.monotonic_ns()
+            command.start()
+            self._watch(command, capture, began)
+            ended = time.monotonic_ns()
+            capture.stop()
+        except OSError as error:
+            raise RecorderError(
+                f"{self._path}: cannot be written: {error.strerror}; "
+                f"the command (process {command.pid}) still runs, and is not recorded"
+            ) from error
+        finally:
+            os.setpriority(os.PRIO_PROCESS, 0, nice)
+            command.abandon()
+        last = self._progress(capture, began)
+        copies = (directory / _MAPS).read_bytes() if directory is not None else b""
+        return _Run(command, began, ended, last, capture.lost(), copies)
+
+    def _watch(self, command: Command, capture: Capture, began: int) -> None:
+        """Until nothing runs any more, or somebody insists that the recording ends."""
+        lender = self._means.lender
+        listening = [lender] if lender is not None else []
+        deadline = math.inf
+        while command.reap():
+            capture.drain()
+            now = time.monotonic()
+            if len(self._signals) > 1 or now >= deadline:
+                return
+            if self._signals and deadline == math.inf:
+                deadline = now + _GRACE_SECONDS
+                if not _from_terminal(self._signals[0]):
+                    command.signal(self._signals[0])
+            if now >= self._due:
+                self._due = now + _SHOW_SECONDS
+                self._show(self._progress(capture, began))
+            if lender is None:
+                time.sleep(_DRAIN_SECONDS)
+            elif select.select(listening, (), (), _DRAIN_SECONDS)[0]:
+                lender.serve()
+
+    def _progress(self, capture: Capture, began: int) -> Progress:
+        seconds = (time.monotonic_ns() - began) / 1e9
+        return Progress(seconds, capture.events(), sum(capture.lost()), capture.copied)
+
+    def _write(self, capture: Capture, run: _Run, writer: RecordingWriter) -> Outcome:
+        command, observable = run.command, self._means.library is not None
+        status = command.status
+        if status is None:
+            status = 128 + self._signals[0] if self._signals else 0
+        seen = len(self._signals)
+
+        def proceed() -> None:
+            if len(self._signals) > seen:
+                raise RecorderError(f"{self._path}: interrupted: not written")
+            now = time.monotonic()
+            if now >= self._due:
+                self._due = now + _SHOW_SECONDS
+                self._show(attrs.evolve(run.last, written=writer.events))
+
+        composer = Composer(writer, command.pid, run.began)
+        side_lost: list[int] = []
+        streams: list[Iterator[Events]] = [
+            *(timeline.ring(ring.spool, capture.page, ring.formats) for ring in capture.rings),
+            *(timeline.side_band(spool, side_lost.append) for spool in capture.side),
+            iter([timeline.told(_copies(run.copies))]),
+        ]
+        composer.compose(timeline.merge(streams), proceed)
+        unobserved = list(composer.tree.unobserved()) if observable else []
+        lost = [*run.lost, sum(side_lost)]
+        minor, major, user, system = command.usage
+        header = {
+            "cmd": list(self._words),
+            "vm": observable,
+            "t0": run.began,
+            "wall_ms": (run.ended - run.began) // 1_000_000,
+            "root": command.pid,
+            "status": status,
+            "lost": lost,
+            "minflt": int(minor),
+            "majflt": int(major),
+            "utime": user,
+            "stime": system,
+            "kernel": platform.release(),
+            "by": "kernel",
+            "unobserved": unobserved,
+        }
+        writer.finish(header, proceed)
+        return Outcome(
+            status,
+            writer.events,
+            composer.tree.processes,
+            lost,
+            unobserved,
+            composer.foreign,
+            command.pid if command.status is None else None,
+        )
 
 
-class _Signals:
-    """A context manager: signals that are meant to end the recording, as they come."""
-
-    def __init__(self) -> None:
-        self.seen: Final[list[int]] = []
-
-    def __enter__(self) -> _Signals:
-        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
-        for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, lambda number, _: self.seen.append(number))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
+@contextmanager
+def _noting(seen: list[int]) -> Iterator[None]:
+    """Signals that are meant to end the recording are noted as they come."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: seen.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -160,118 +280,12 @@ def _environment(means: Means, directory: Path | None) -> dict[str, str]:
     return environment
 
 
-def _run(
-    words: Sequence[str],
-    means: Means,
-    directory: Path | None,
-    capture: Capture,
-    signals: _Signals,
-    show: Callable[[Progress], None],
-) -> _Run:
-    command = Command(words, _environment(means, directory))
-    nice = os.getpriority(os.PRIO_PROCESS, 0)
-    try:
-        capture.start(command.pid)
-        # Whoever drains the rings must not have to wait for those who fill them.
-        os.setpriority(os.PRIO_PROCESS, 0, min(nice, _NICE))
-        began = time.monotonic_ns()
-        command.start()
-        _watch(command, means, capture, signals, show, began)
-        ended = time.monotonic_ns()
-        capture.stop()
-    except BaseException:
-        command.abandon()
-        raise
-    finally:
-        os.setpriority(os.PRIO_PROCESS, 0, nice)
-    copies = (directory / _MAPS).read_bytes() if directory is not None else b""
-    seen = signals.seen[0] if signals.seen else None
-    return _Run(command, began, ended, capture.lost(), copies, seen)
-
-
-def _watch(
-    command: Command,
-    means: Means,
-    capture: Capture,
-    signals: _Signals,
-    show: Callable[[Progress], None],
-    began: int,
-) -> None:
-    """Until nothing runs any more, or somebody insists that the recording ends."""
-    lender = means.lender
-    listening = [lender] if lender is not None else []
-    heard, deadline, due = 0, float("inf"), 0.0
-    while command.reap():
-        capture.drain()
-        now = time.monotonic()
-        if len(signals.seen) > heard:
-            if heard:
-                return
-            heard, deadline = 1, now + _GRACE_SECONDS
-            if not _from_terminal(signals.seen[0]):
-                command.signal(signals.seen[0])
-        if now >= deadline:
-            return
-        if now >= due:
-            due = now + _SHOW_SECONDS
-            seconds = now - began / 1e9
-            show(Progress(seconds, capture.events(), sum(capture.lost()), capture.copied))
-        if lender is not None and select.select(listening, (), (), _DRAIN_SECONDS)[0]:
-            lender.serve()
-        elif lender is None:
-            time.sleep(_DRAIN_SECONDS)
-
-
 def _from_terminal(number: int) -> bool:
     """Whether a terminal has sent a signal, and so to the command as well."""
     try:
         return number == signal.SIGINT and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
     except (OSError, ValueError):
         return False
-
-
-def _write(
-    words: Sequence[str], means: Means, capture: Capture, run: _Run, writer: RecordingWriter
-) -> Outcome:
-    command = run.command
-    composer = Composer(writer, command.pid, run.began)
-    side_lost: list[int] = []
-    streams: list[Iterator[Events]] = [
-        *(timeline.ring(ring.spool, capture.page, ring.formats) for ring in capture.rings),
-        *(timeline.side_band(spool, side_lost.append) for spool in capture.side),
-        iter([timeline.told(_copies(run.copies))]),
-    ]
-    composer.compose(timeline.merge(streams))
-    unobserved = list(composer.tree.unobserved()) if means.library is not None else []
-    lost = [*run.lost, sum(side_lost)]
-    status = command.status if command.status is not None else 128 + (run.signal or 0)
-    minor, major, user, system = command.usage
-    header: dict[str, Any] = {
-        "cmd": list(words),
-        "vm": means.library is not None,
-        "t0": run.began,
-        "wall_ms": (run.ended - run.began) // 1_000_000,
-        "root": command.pid,
-        "status": status,
-        "lost": lost,
-        "minflt": int(minor),
-        "majflt": int(major),
-        "utime": user,
-        "stime": system,
-        "kernel": platform.release(),
-        "by": "kernel",
-        "unobserved": unobserved,
-    }
-    writer.finish(header)
-    return Outcome(
-        status,
-        writer.events,
-        composer.tree.processes,
-        lost,
-        unobserved,
-        composer.foreign,
-        command.status is None,
-    )
 
 
 def _copies(text: bytes) -> Iterator[tuple[int, str, int, str]]:

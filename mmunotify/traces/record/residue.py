@@ -48,20 +48,24 @@ def recorders(names: Iterable[str]) -> list[int]:
     return sorted(pid for pid, started in filter(None, owners) if _started(pid) == started)
 
 
+def orphans(tracefs: TraceFs | None) -> tuple[list[str], list[Path]]:
+    """What recorders have left that are no more: tracefs instances, and directories."""
+    names = tracefs.instances() if tracefs is not None else []
+    paths = [path for place in directories() for path in place.glob("mmunotify-*")]
+    return [name for name in names if _orphaned(name)], [
+        path for path in paths if _orphaned(path.name)
+    ]
+
+
 def remove(tracefs: TraceFs | None) -> list[str]:
-    """Remove what recorders have left that are no more; returns the names of it."""
-    removed = []
-    for name in tracefs.instances() if tracefs is not None else ():
-        if _orphaned(name):
-            assert tracefs is not None
-            tracefs.remove(name)
-            removed.append(f"tracefs instance {name}")
-    for directory in directories():
-        for path in directory.glob("mmunotify-*"):
-            if _orphaned(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-                removed.append(str(path))
-    return removed
+    """Remove the orphans; returns what they were."""
+    names, paths = orphans(tracefs)
+    for name in names:
+        assert tracefs is not None
+        tracefs.remove(name)
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)
+    return [*(f"tracefs instance {name}" for name in names), *map(str, paths)]
 
 
 def _orphaned(name: str) -> bool:

@@ -36,7 +36,10 @@ class Space:
 
 
 class Tree:
-    """The tasks of one recording as they come and go."""
+    """The tasks of one recording as they come and go.
+
+    One whose making was lost belongs to it from what it is next heard of.
+    """
 
     def __init__(self, root: int) -> None:
         self._live: Final[dict[int, Space]] = {root: Space("", "exec")}
@@ -54,7 +57,7 @@ class Tree:
 
     def cloned(self, tid: int, child: int, flags: int) -> None:
         """A task of the tree has made another."""
-        parent = self._live[tid]
+        parent = self._live.setdefault(tid, Space("", "fork"))
         if flags & CLONE_VM:
             self._live[child] = parent
         else:
@@ -63,9 +66,10 @@ class Tree:
 
     def executed(self, tid: int, path: str) -> None:
         """A task has a new program; `path` is that of the first file that was mapped for it."""
-        old = self._live[tid]
+        old = self._live.get(tid)
         self._live[tid] = Space(path, "exec")
-        self._left(old)
+        if old is not None:
+            self._left(old)
 
     def observed(self, tid: int, failure: str | None = None) -> None:
         """There is a VM in a task's address space from now on, or there cannot be one."""

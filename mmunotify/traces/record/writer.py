@@ -10,13 +10,13 @@ import json
 import lzma
 import os
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import RecorderError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from typing import BinaryIO
 
@@ -27,14 +27,16 @@ _PRESET: Final = 3
 
 
 class RecordingWriter:
-    """Lines, and the file that they become. Raises RecorderError where there is no room."""
+    """Lines, and the file that they become. Raises RecorderError where there is no room.
 
-    def __init__(self, path: Path) -> None:
+    `body` is where the lines are kept meanwhile (`scratch`).
+    """
+
+    def __init__(self, path: Path, body: BinaryIO) -> None:
         self.path: Final = path
         self.events = 0
         """Lines so far."""
-        with no_room(path):
-            self._body: Final[BinaryIO] = scratch(path)
+        self._body: Final = body
 
     def write(self, lines: list[str]) -> None:
         """Append some lines, each without its newline."""
@@ -45,8 +47,11 @@ class RecordingWriter:
             self._body.write(text.encode(errors="surrogateescape"))
         self.events += len(lines)
 
-    def finish(self, header: Mapping[str, Any]) -> None:
-        """Write the file: compressed if its name ends in .xz."""
+    def finish(self, header: Mapping[str, Any], proceed: Callable[[], None]) -> None:
+        """Write the file: compressed if its name ends in .xz.
+
+        `proceed` is called now and then, and may raise: then there is no file.
+        """
         first = json.dumps({"format": FORMAT, **header, "events": self.events})
         part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
@@ -58,16 +63,23 @@ class RecordingWriter:
                     out.write(f"#{first}\n".encode())
                     self._body.seek(0)
                     while chunk := self._body.read(_CHUNK):
+                        proceed()
                         out.write(chunk)
                 part.replace(self.path)
         finally:
             part.unlink(missing_ok=True)
-            self._body.close()
 
 
-def scratch(path: Path) -> BinaryIO:
+@contextmanager
+def scratch(path: Path) -> Iterator[BinaryIO]:
     """A file without a name beside the one that will be written."""
-    return tempfile.TemporaryFile(dir=path.parent)
+    file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed below
+    try:
+        yield file
+    finally:
+        # There may be no room for what it still has to write, which is of no use any more.
+        with suppress(OSError):
+            file.close()
 
 
 @contextmanager
