@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RETRY: Final = -1
 _FAULT_AROUND: Final = 16
+_MANY_REFS: Final = 3
 _NEW_ANON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
 _NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
 _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
@@ -141,12 +142,15 @@ def can_reuse(mm: AddressSpace[Any], frame: int) -> bool:
         return False
     if word & fr.PG_EXCLUSIVE:
         return True
-    if mm.machine.lru.is_pending(frame):
+    if word & fr.PG_KSM or word & fr.REF_MASK > _MANY_REFS:
         return False
-    if word & (fr.PG_KSM | fr.PG_HUGE):
-        return bool(word & fr.PG_HUGE and word & fr.COUNTS_MASK == fr.MAPPED_ONCE) and (
-            _reuse_huge(mm, frame)
-        )
+    lru = mm.machine.lru
+    if lru.is_new(frame):
+        lru.drain()
+    if lru.is_pending(frame):
+        return False
+    if word & fr.PG_HUGE:
+        return bool(word & fr.COUNTS_MASK == fr.MAPPED_ONCE) and _reuse_huge(mm, frame)
     refs = word & fr.REF_MASK
     if word & fr.PG_SWAPCACHE:
         if refs != 2 or not mm.machine.swap.try_free(frame):
@@ -376,7 +380,9 @@ def _map_file_page(
 def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
     """Map the cached pages of the 16 around a read fault; whether the page itself was one.
 
-    Bounded by the VMA, the end of the file and the page table. Source: do_fault_around.
+    Bounded by the VMA, the end of the file and the page table. A table that is not there is made
+    only if the first folio ends before the last page of the file, or the file is shmem. Source:
+    do_fault_around, filemap_map_pages.
     """
     file = vma.file
     assert file is not None
@@ -393,6 +399,8 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
         if frame is None or words[frame] & fr.PG_READAHEAD:
             continue
         if pte is None:
+            if page >> 9 not in mm.pt.leaves and file.reaches_end(near + shift):
+                return False
             pte = mm.pt.leaf_of(page).pte
         if not pte[near & 511]:
             _map_file_page(mm, vma, pte, near, frame, vma.prot)

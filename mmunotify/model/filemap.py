@@ -101,10 +101,25 @@ class File:
     def drop_pages(self, first: int, last: int | None) -> None:
         """Remove [first, last) from cache and swap (truncate_inode_pages_range)."""
         end = last if last is not None else 1 << 52
-        for index in [i for i in self.pages if first <= i < end]:
+        cached = [i for i in self.pages if first <= i < end]
+        for index in cached:
             self.remove(index)
+        if cached:
+            self.machine.lru.drain()
         for index in [i for i in self.swapped if first <= i < end]:
             self.machine.swap.drop(self.swapped.pop(index))
+
+    def reaches_end(self, index: int) -> bool:
+        """Whether the folio of a cached page of a disk file holds the last page of the file."""
+        if self.kind == "memfd":
+            return False
+        word = self.machine.frames.word
+        last = self.page_end - 1
+        order = (index ^ last).bit_length()
+        folio = range(index >> order << order, last + 1)
+        return index == last or all(
+            at in self.pages and word[self.pages[at]] & fr.PG_LARGE for at in folio
+        )
 
     async def page(self, index: int) -> tuple[int, bool]:
         """The frame of a page, brought in if need be, and whether that took I/O.
@@ -253,11 +268,14 @@ class File:
         if self.kind == "memfd":
             return
         end = last if last is not None else 1 << 52
-        for index in sorted(self.pages):
-            if first <= index < end and self._dirty(self.pages[index]):
+        dirty = [i for i, frame in self.pages.items() if first <= i < end and self._dirty(frame)]
+        for index in sorted(dirty):
+            if index in self.pages:
                 await self._mkclean(index)
-                if index in self.pages:
-                    self._write_page(index)
+            if index in self.pages:
+                self._write_page(index)
+        if dirty:
+            self.machine.lru.drain()
 
     async def _mkclean(self, index: int) -> None:
         """Write-protect a mapped page in every shared mapping of the file; one announcement each.
@@ -333,6 +351,7 @@ class File:
     def drop_cache(self) -> None:
         """Forget clean pages that nobody maps (POSIX_FADV_DONTNEED after a sync)."""
         word = self.machine.frames.word
+        self.machine.lru.drain()
         if self.kind == "memfd":
             return
         for index, frame in list(self.pages.items()):

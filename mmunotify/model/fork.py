@@ -97,7 +97,6 @@ async def exit_mmap(mm: AddressSpace[Any]) -> None:
     Called when mm_users has reached zero.
     """
     await mm.notifiers.release()
-    mm.machine.lru.drain()
     async with mm.write_locked:
         if memory.zap_needs_vmas(mm):
             for vma in mm.vmas:

@@ -140,8 +140,10 @@ async def populate_vma(
     if not madvise:
         if vma.flags & (f.VM_LOCKONFAULT | f.VM_PFNMAP):
             return
+        if not vma.flags & f.VM_ACCESS_FLAGS:
+            raise MmError(errno.EFAULT, f"populate: {vma!r} permits nothing")
         write = vma.flags & (f.VM_WRITE | f.VM_SHARED) == f.VM_WRITE
-        force = bool(vma.flags & f.VM_ACCESS_FLAGS)
+        force = True
     try:
         if not _permits(vma, write=bool(write), force=force):
             number = errno.EINVAL if madvise else errno.EFAULT
@@ -206,6 +208,9 @@ async def pin(mm: AddressSpace[Any], start: int, end: int, *, write: bool = True
     first, last = start >> PAGE_SHIFT, (end + PAGE_SIZE - 1) >> PAGE_SHIFT
     frames = mm.machine.frames
     held: list[int] = []
+    # Up to the first page that is not there as wanted, nothing but the tables is looked at.
+    fast = True
+    wanted = _READABLE | f.PTE_RW if write else _READABLE
     try:
         async with mm.mmap_lock.reading():
             for page in range(first, last):
@@ -216,7 +221,10 @@ async def pin(mm: AddressSpace[Any], start: int, end: int, *, write: bool = True
                         code=1 if vma is None else 2,
                         address=page << PAGE_SHIFT,
                     )
+                fast = fast and mm.pt.get(page) & wanted == wanted
                 entry = await faultin_page(mm, vma, page, write=write)
+                if not fast:
+                    _touched(mm, page, entry, write)
                 frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
                 while not write and not entry & f.PTE_SPECIAL and _shared_anon(mm, frame):
                     await handle_mm_fault(mm, vma, page, f.FAULT_REMOTE | f.FAULT_UNSHARE)

@@ -5,6 +5,11 @@ frame is on the list (its flags say which) and remembers this position. Stale en
 log is packed. Anonymous and shmem pages (swap-backed) are apart from file pages; each kind has an
 inactive and an active list.
 
+A CPU collects up to 31 pages before it changes a list for them, one batch per kind of change, and
+each batch holds a reference of its pages: new ones (which count as listed here, `is_new` tells
+them), those to activate, to deactivate, and those that MADV_FREE gave up. A full batch is done by
+itself; `drain` does all.
+
 Source: include/linux/mm_inline.h, mm/swap.c.
 """
 
@@ -29,6 +34,7 @@ INACTIVE_FILE: Final = 2
 ACTIVE_FILE: Final = 3
 _BATCH: Final = 31
 _STEP: Final = 1 << 15
+_LAZY_CLEARS: Final = fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
 _WHICH: Final = fr.PG_LRU | fr.PG_ACTIVE | fr.PG_SWAPBACKED | fr.PG_UNEVICTABLE
 _FLAGS: Final = (
     fr.PG_LRU | fr.PG_SWAPBACKED,
@@ -58,6 +64,10 @@ class Lru:
         self._logs: Final = [_Log(1024) for _ in range(4)]
         # What was put off until `drain`: frames with their generation.
         self._lazy: Final[dict[int, int]] = {}
+        self._activate: Final[dict[int, int]] = {}
+        self._deactivate: Final[dict[int, int]] = {}
+        # Where the logs ended at the last `drain`: what came since is in the batch of new pages.
+        self._drained: Final = [0, 0, 0, 0]
 
     def append(self, frame: int, which: int = INACTIVE_ANON) -> None:
         """A page whose flags name this list already goes to its young end."""
@@ -96,10 +106,26 @@ class Lru:
         which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
         self.append(frame, which)
 
+    def activate(self, frame: int) -> None:
+        """A page of an inactive list was used again (folio_activate)."""
+        if self.is_new(frame):
+            self._frames.word[frame] |= fr.PG_ACTIVE
+            self.move(frame)
+            return
+        self._activate[frame] = self._frames.word[frame] & fr.GEN_MASK
+        if len(self._activate) == _BATCH:
+            self._drain(self._activate, fr.PG_ACTIVE, fr.PG_REFERENCED)
+
     def deactivate(self, frames: npt.NDArray[np.int64]) -> None:
-        """Make pages the first candidates for reclaim again (folio_deactivate)."""
-        self._frames.words[frames] &= ~np.uint64(fr.PG_ACTIVE | fr.PG_REFERENCED)
-        self.put_back(frames)
+        """Active pages are the first candidates for reclaim again (folio_deactivate)."""
+        words = self._frames.words[frames]
+        self._frames.words[frames] = words & ~np.uint64(fr.PG_REFERENCED)
+        able = (words & np.uint64(fr.PG_ACTIVE | fr.PG_UNEVICTABLE)) == np.uint64(fr.PG_ACTIVE)
+        words &= np.uint64(fr.GEN_MASK)
+        for frame, generation in zip(frames[able].tolist(), words[able].tolist(), strict=True):
+            self._deactivate[frame] = generation
+            if len(self._deactivate) == _BATCH:
+                self._drain(self._deactivate, 0, fr.PG_ACTIVE | fr.PG_REFERENCED)
 
     def lazyfree(self, frames: npt.NDArray[np.int64]) -> None:
         """Anonymous pages that may be dropped: in batches they lose PG_SWAPBACKED."""
@@ -111,27 +137,47 @@ class Lru:
         for frame, generation in zip(frames[able].tolist(), words[able].tolist(), strict=True):
             self._lazy[frame] = generation
             if len(self._lazy) == _BATCH:
-                self.drain()
+                self._drain(self._lazy, 0, _LAZY_CLEARS)
 
     def is_pending(self, frame: int) -> bool:
-        """Whether a batch that waits to be drained holds a reference of the page."""
-        if not self._lazy:
+        """Whether a batch that waits to be drained, not that of new pages, holds the page."""
+        if not (self._lazy or self._activate or self._deactivate):
             return False
-        return bool(self._lazy.get(frame) == self._frames.word[frame] & fr.GEN_MASK)
+        generation = self._frames.word[frame] & fr.GEN_MASK
+        return generation in (
+            self._lazy.get(frame), self._activate.get(frame), self._deactivate.get(frame)
+        )  # fmt: skip
+
+    def is_new(self, frame: int) -> bool:
+        """Whether the page is in the batch of new ones: not PG_lru in Linux yet."""
+        word = self._frames.word[frame]
+        which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
+        behind = self._logs[which].tail - self._position[frame]
+        added = sum(log.tail for log in self._logs) - sum(self._drained)
+        return bool(word & fr.PG_LRU) and 0 < behind <= added % _BATCH
 
     def drain(self) -> None:
-        """Do what was put off to be done in batches (lru_add_drain)."""
-        lazy = [
+        """Do all that was put off to be done in batches (lru_add_drain)."""
+        if self._activate:
+            self._drain(self._activate, fr.PG_ACTIVE, fr.PG_REFERENCED)
+        if self._deactivate:
+            self._drain(self._deactivate, 0, fr.PG_ACTIVE | fr.PG_REFERENCED)
+        if self._lazy:
+            self._drain(self._lazy, 0, _LAZY_CLEARS)
+        for which, log in enumerate(self._logs):
+            self._drained[which] = log.tail
+
+    def _drain(self, batch: dict[int, int], set_: int, clear: int) -> None:
+        words = self._frames.word
+        frames = [
             frame
-            for frame, generation in self._lazy.items()
-            if self._frames.word[frame] & fr.GEN_MASK == generation
+            for frame, generation in batch.items()
+            if words[frame] & (fr.GEN_MASK | fr.PG_LRU) == generation | fr.PG_LRU
         ]
-        self._lazy.clear()
-        if lazy:
-            frames = np.unique(np.array(lazy, np.int64))
-            flags = fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
-            self._frames.words[frames] &= ~np.uint64(flags)
-            self.put_back(frames)
+        batch.clear()
+        for frame in frames:
+            words[frame] = (words[frame] & ~clear) | set_
+        self.put_back(np.array(frames, np.int64))
 
     def put_back(self, frames: npt.NDArray[np.int64]) -> None:
         """Put distinct frames on the lists that their flags name."""
@@ -153,6 +199,7 @@ class Lru:
         if size != len(log.entries):
             log.entries = np.zeros(size, np.uint32)
             log.slots = log.entries.data
+        self._drained[which] -= log.tail - len(valid)
         log.entries[: len(valid)] = valid
         self._positions[valid] = np.arange(len(valid), dtype=np.uint32)
         log.head, log.tail = 0, len(valid)

@@ -221,8 +221,8 @@ class Machine(Generic[L]):
         if not word & fr.PG_REFERENCED:
             self.frames.word[frame] = word | fr.PG_REFERENCED
         elif word & fr.PG_LRU and not word & (fr.PG_ACTIVE | fr.PG_UNEVICTABLE):
-            self.frames.word[frame] = (word | fr.PG_ACTIVE) & ~fr.PG_REFERENCED
-            self.lru.move(frame)
+            self.lru.activate(frame)
+            self.frames.word[frame] &= ~fr.PG_REFERENCED
 
     def forget_references(self, entries: npt.NDArray[np.uint64]) -> None:
         """Clear the referenced flags of the pages that some present entries map."""
@@ -258,7 +258,6 @@ class Machine(Generic[L]):
         """
         file = File(self, name or f"f{next(self._file_names)}", pages << PAGE_SHIFT, kind)
         self.files.append(file)
-        self.lru.drain()
         if fill:
             for index in range(pages):
                 frame = self.frames.alloc()
@@ -272,6 +271,8 @@ class Machine(Generic[L]):
                 file.add(index, frame)
                 if kind == "memfd":
                     self.frames.word[frame] |= fr.PG_DIRTY
+            if kind == "ext4":
+                self.lru.drain()
         return file
 
     def shmem_file(self, size: int) -> File:

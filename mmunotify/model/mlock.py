@@ -77,6 +77,7 @@ async def _apply(mm: AddressSpace[Any], first: int, last: int, locked: int) -> N
 
 def _mark_pages(mm: AddressSpace[Any], first: int, last: int, *, locked: bool) -> None:
     """Move the pages that are there to the unevictable list, or back (mlock_vma_pages_range)."""
+    mm.machine.lru.drain()
     words = mm.machine.frames.words
     bits = np.uint64(fr.PG_MLOCKED | fr.PG_UNEVICTABLE)
     for _, entries in mm.pt.runs(first, last):

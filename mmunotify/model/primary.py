@@ -38,6 +38,7 @@ _MEMORY: Final = np.uint64(f.PTE_PRESENT | f.PTE_SPECIAL)
 _PG_DIRTY: Final = np.uint64(fr.PG_DIRTY)
 _FEW: Final = 16
 """Up to so many pages a loop is faster than arrays."""
+_FAST: Final = _READABLE | f.PTE_RW
 
 
 class ModelPrimary:
@@ -100,11 +101,19 @@ class ModelPrimary:
         )
 
     async def fault_in(self, address: int, *, write: bool = False) -> Translation:
-        """Make `address` present, as the process's own access would; may suspend and notify."""
+        """Make `address` present, as the process's own access would; may suspend and notify.
+
+        The page counts as used once, unless it was there and writable (get_user_pages, FOLL_TOUCH).
+        """
         mm = self.mm
         page = address >> PAGE_SHIFT
+        entry = mm.pt.get(page)
+        if entry & _FAST == _FAST:
+            return self._translation(address, entry)
         entry = faultin_nowait(mm, page, write=write)
         if entry:
+            if not entry & f.PTE_SPECIAL:
+                mm.machine.mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
             return self._translation(address, entry)
         async with mm.mmap_lock.reading():
             vma = find_vma(mm, page)
@@ -116,7 +125,9 @@ class ModelPrimary:
                     code=1 if vma is None else 2,
                     address=address,
                 )
-            await faultin_page(mm, vma, page, write=write)
+            entry = await faultin_page(mm, vma, page, write=write)
+            if not entry & f.PTE_SPECIAL:
+                mm.machine.mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
             found = self.translate(address)
         if found is None:
             raise BadAddress(f"fault_in({address:#x}) in {mm.name}: it is gone", address=address)

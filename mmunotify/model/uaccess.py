@@ -329,7 +329,6 @@ async def copy_to_user(mm: AddressSpace[Any], addr: int, length: int, value: int
 
 async def _kernel_access(mm: AddressSpace[Any], addr: int, length: int, value: int | None) -> int:
     write = value is not None
-    mm.machine.lru.drain()
     flags = f.FAULT_KERNEL | (f.FAULT_WRITE if write else 0)
     needed = _WRITABLE if write else _READABLE
     first = addr >> PAGE_SHIFT

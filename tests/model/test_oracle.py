@@ -18,8 +18,7 @@ NEVER_EXCUSED = {
 
 
 KNOWN_TO_DIFFER = {
-    "guest": "g15 maps hugetlb pages; g18: KVM's pages stay in a per-CPU LRU batch",
-    "guest_random": "q0050: LazyFree differs in when an LRU batch drains",
+    "guest": "g15 maps hugetlb pages",
     "hand": "h75 maps hugetlb pages",
 }
 

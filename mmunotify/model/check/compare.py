@@ -345,9 +345,9 @@ def _parse(text: str) -> Iterable[tuple[int, int, str]]:
         yield int(match[1]), int(match[2]), match[3]
 
 
-def _announcements(recorded: list[list[Any]]) -> list[Announcement]:
+def _announcements(recorded: list[list[Any]] | None) -> list[Announcement]:
     """Without the task that caused them, which nobody who listens is told."""
-    return [(each[0], each[1], each[2] if each[0] != "t" else "") for each in recorded]
+    return [(each[0], each[1], each[2] if each[0] != "t" else "") for each in recorded or ()]
 
 
 def _canonical(announcements: list[Announcement]) -> list[Announcement]:
@@ -424,8 +424,8 @@ def _one_page(*announcements: Announcement) -> bool:
     )
 
 
-def _faults(recorded: list[list[Any]]) -> list[tuple[int, str, str]]:
-    return [(each[0], each[1], each[2] if len(each) > 2 else PARENT) for each in recorded]
+def _faults(recorded: list[list[Any]] | None) -> list[tuple[int, str, str]]:
+    return [(each[0], each[1], each[2] if len(each) > 2 else PARENT) for each in recorded or ()]
 
 
 def _show_faults(faults: list[tuple[int, str, str]]) -> str:

@@ -279,7 +279,11 @@ class Harness:
         return {"v": _run_lengths(values)}
 
     async def _do_kread(self, mm: AddressSpace[Any], a: Json) -> int:
-        return await mm.copy_from_user(_address(a["at"]), _bytes(a["n"])) or -errno.EFAULT
+        done = await mm.copy_from_user(_address(a["at"]), _bytes(a["n"]))
+        if done:
+            # It went to a file that was closed and dropped its pages.
+            self._machine.lru.drain()
+        return done or -errno.EFAULT
 
     async def _do_kwrite(self, mm: AddressSpace[Any], a: Json) -> int:
         return await mm.copy_to_user(_address(a["at"]), _bytes(a["n"]), 0) or -errno.EFAULT
@@ -314,6 +318,8 @@ class Harness:
         if a.get("exec"):
             child = await child.execve()
         await child.exit()
+        # Both processes wrote to pages of the recording program that were new.
+        self._machine.lru.drain()
         return 0
 
     async def _do_exit(self, mm: AddressSpace[Any], a: Json) -> int:
