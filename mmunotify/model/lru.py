@@ -152,9 +152,10 @@ class Lru:
         """Whether the page is in the batch of new ones: not PG_lru in Linux yet."""
         word = self._frames.word[frame]
         which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
-        behind = self._logs[which].tail - self._position[frame]
+        tail = self._logs[which].tail
         added = sum(log.tail for log in self._logs) - sum(self._drained)
-        return bool(word & fr.PG_LRU) and 0 < behind <= added % _BATCH
+        new = min(added % _BATCH, tail - self._drained[which])
+        return bool(word & fr.PG_LRU) and 0 < tail - self._position[frame] <= new
 
     def drain(self) -> None:
         """Do all that was put off to be done in batches (lru_add_drain)."""

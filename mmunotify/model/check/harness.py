@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from mmunotify.errors import BadAddress, DriverConfigError, MmError
+from mmunotify.model import frames as fr
 from mmunotify.model.flags import (
     FAULT_KERNEL,
     FAULT_PRESENT,
@@ -67,6 +68,8 @@ MAP_FLAGS: Final = {
 POKED: Final = 7
 COPIED: Final = 5
 PARENT: Final = "P"
+PROGRAM_PAGES: Final = 43
+"""How many of its own pages the recording program copied after a fork."""
 
 
 def _bytes(pages: float) -> int:
@@ -110,6 +113,7 @@ class Harness:
         self._pins: dict[str, Any] = {}
         self._faults: list[tuple[int, str, str]] = []
         self._uffd: Any = None
+        self._program: list[int] = []
 
     async def __aenter__(self) -> Self:
         await self._machine.__aenter__()
@@ -312,15 +316,31 @@ class Harness:
 
     async def _do_fork(self, mm: AddressSpace[Any], a: Json) -> int:
         child = await mm.fork(name=a.get("id", "child"))
+        self._write_program()
         if a.get("stay"):
             await self._adopt(a["id"], child)
             return 0
         if a.get("exec"):
             child = await child.execve()
         await child.exit()
-        # Both processes wrote to pages of the recording program that were new.
+        # It had written to pages of the recording program that were new.
         self._machine.lru.drain()
         return 0
+
+    def _write_program(self) -> None:
+        """The recording program writes to its own pages: to those that are new, then to new ones.
+
+        A write to a page that may be shared and is still on its way to a list drains the batches.
+        """
+        machine = self._machine
+        if any(machine.lru.is_new(frame) for frame in self._program):
+            machine.lru.drain()
+        for frame in self._program:
+            machine.frames.put(frame)
+        self._program = [machine.frames.alloc() for _ in range(PROGRAM_PAGES)]
+        for frame in self._program:
+            machine.frames.word[frame] |= fr.REF_ONE | fr.PG_SWAPBACKED | fr.PG_MLOCKED
+            machine.lru.add(frame, file=False)
 
     async def _do_exit(self, mm: AddressSpace[Any], a: Json) -> int:
         del self._processes[a["in"]]
