@@ -27,6 +27,8 @@ _NEW_ANON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBAC
 _NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
 _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
 _NEW_WRITABLE: Final = _DIRTY_YOUNG | f.PTE_RW
+_REUSABLE: Final = fr.PG_EXCLUSIVE | fr.PG_SWAPCACHE | fr.PG_HUGE
+"""What a page has that may be reused although it has several references."""
 
 
 async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
@@ -68,11 +70,10 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     leaf = mm.pt.leaves.get(page >> 9)
     entry = leaf.pte[page & 511] if leaf is not None else 0
     if not entry:
-        if vma.file is not None:
-            read = not flags & f.FAULT_WRITE and vma.uffd is None
-            return 0 if read and _fault_around(mm, vma, page) else RETRY
-        if vma.uffd is not None and vma.flags & f.VM_UFFD_MISSING:
+        if vma.uffd is not None and (vma.file is not None or vma.flags & f.VM_UFFD_MISSING):
             return RETRY
+        if vma.file is not None:
+            return _do_fault_nowait(mm, vma, page, flags)
         if leaf is None:
             if mm.pt.huge and page >> 9 in mm.pt.huge:
                 return _huge_nowait(mm, page, flags)
@@ -82,20 +83,9 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         if not flags & f.FAULT_WRITE:
             leaf.pte[page & 511] = mm.machine.zero_entry | vma.prot
             return 0
-        if vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma):
+        frame = _new_anon(mm, vma, page)
+        if frame < 0:
             return RETRY
-        machine = mm.machine
-        if machine.frames.free <= machine.low:
-            return RETRY
-        frames = machine.frames
-        frame = frames.alloc()
-        # vma.anon_vma is set: anon_vma_prepare_nowait has said so.
-        owner = vma.anon_vma.number  # type: ignore[union-attr]
-        frames.word[frame] |= _NEW_ANON_LRU
-        frames.rmap[frame] = owner << fr.OWNER_SHIFT | (page - vma.first + vma.pgoff)
-        machine.lru.append(frame)
-        if vma.flags & f.VM_LOCKED:
-            machine.mlock(frame)
         prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
         leaf.pte[page & 511] = frame << PAGE_SHIFT | prot
         return 0
@@ -111,14 +101,44 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
             return RETRY
         entry &= ~f.PTE_UFFD_WP
         leaf.pte[page & 511] = entry
+    old = (entry & f.PFN_MASK) >> PAGE_SHIFT
     if vma.flags & f.VM_SHARED:
-        return RETRY
-    if entry & f.PTE_SPECIAL or not can_reuse(mm, (entry & f.PFN_MASK) >> PAGE_SHIFT):
-        return _copy_nowait(mm, vma, page, entry, bool(flags & f.FAULT_UNSHARE))
-    if not flags & f.FAULT_UNSHARE:
-        writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
-        leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
-    return 0
+        if entry & f.PTE_SPECIAL or flags & f.FAULT_UNSHARE:
+            return RETRY
+        # wp_page_shared: page_mkwrite, then the page is dirty.
+        leaf.pte[page & 511] = entry | _NEW_WRITABLE
+        mm.machine.frames.word[old] |= fr.PG_DIRTY
+        return 0
+    if not entry & f.PTE_SPECIAL:
+        word = mm.machine.frames.word[old]
+        # What others hold too is copied; of the rest, can_reuse knows.
+        if (word & _REUSABLE or word & fr.REF_MASK == 1) and can_reuse(mm, old):
+            if not flags & f.FAULT_UNSHARE:
+                writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
+                leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
+            return 0
+    return _copy_nowait(mm, vma, leaf.pte, page, entry, bool(flags & f.FAULT_UNSHARE))
+
+
+def _new_anon(mm: AddressSpace[Any], vma: Vma, page: int) -> int:
+    """A fresh anonymous page of a VMA, mapped once, or -1 if that takes more than one step."""
+    machine = mm.machine
+    frames = machine.frames
+    if frames.free <= machine.low:
+        return -1
+    anon_vma = vma.anon_vma
+    if anon_vma is None:
+        if not mm.anon_vma_prepare_nowait(vma):
+            return -1
+        anon_vma = vma.anon_vma
+    frame = frames.alloc()
+    frames.word[frame] |= _NEW_ANON_LRU
+    owner = anon_vma.number << fr.OWNER_SHIFT  # type: ignore[union-attr]
+    frames.rmap[frame] = owner | page - vma.first + vma.pgoff
+    machine.lru.append(frame)
+    if vma.flags & f.VM_LOCKED:
+        machine.mlock(frame)
+    return frame
 
 
 def _huge_nowait(mm: AddressSpace[Any], page: int, flags: int) -> int:
@@ -187,37 +207,47 @@ async def _do_wp_page(mm: AddressSpace[Any], vma: Vma, page: int, flags: int, en
     return await wp_page_copy(mm, vma, page, entry, unshare=bool(flags & f.FAULT_UNSHARE))
 
 
-def _copy_nowait(mm: AddressSpace[Any], vma: Vma, page: int, entry: int, unshare: bool) -> int:
+def _copy_nowait(
+    mm: AddressSpace[Any], vma: Vma, pte: memoryview, page: int, entry: int, unshare: bool
+) -> int:
     """`wp_page_copy` in one step, where nobody has to be awaited."""
+    notifiers = mm.notifiers
+    if not notifiers.plain:
+        return RETRY
+    new = _new_anon(mm, vma, page)
+    if new < 0:
+        return RETRY
     machine = mm.machine
     frames = machine.frames
-    notifiers = mm.notifiers
-    if (
-        not notifiers.plain
-        or frames.free <= machine.low
-        or (vma.anon_vma is None and not mm.anon_vma_prepare_nowait(vma))
-    ):
-        return RETRY
-    zero = bool(entry & f.PTE_SPECIAL)
+    zero = entry & f.PTE_SPECIAL
     old = (entry & f.PFN_MASK) >> PAGE_SHIFT
-    new = frames.alloc()
-    if not zero:
+    if not zero and frames.data is not None:
         frames.copy(old, new)
+    copied = new << PAGE_SHIFT | vma.prot
+    if not unshare:
+        copied |= _NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG
+    rng = told = None
     failed: object = ()
     if notifiers.armed:
         rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
         mm.announced.append(rng)
-        if machine.era == "v16":
-            mm.set_pte(page, 0)
-            failed = notifiers.invalidate_page_atomic(rng.start).failed
-            mm.set_pte(page, entry)
-            _install_copy(mm, vma, page, entry, old, new, zero, unshare)
-        else:
-            told = notifiers.invalidate_range_start_atomic(rng)
-            _install_copy(mm, vma, page, entry, old, new, zero, unshare)
-            failed = notifiers.invalidate_range_end_atomic(rng, told)
-    else:
-        _install_copy(mm, vma, page, entry, old, new, zero, unshare)
+        try:
+            if machine.era == "v16":
+                pte[page & 511] = 0
+                failed = notifiers.invalidate_page_atomic(rng.start).failed
+            else:
+                told = notifiers.invalidate_range_start_atomic(rng)
+        except BaseException:
+            pte[page & 511] = entry
+            frames.free_one(new, frames.word[new])
+            raise
+    pte[page & 511] = copied
+    if mm.tlb is not None:
+        mm.tlb.flush(page, page + 1)
+    if not zero:
+        machine.remove_rmap(old)
+    if told is not None and rng is not None:
+        failed = notifiers.invalidate_range_end_atomic(rng, told)
     if failed:
         frames.leaked += 1
     elif not zero:
@@ -321,6 +351,35 @@ def _install_copy(
 # ---------------------------------------------------------------------- files
 
 
+def _do_fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
+    """`_do_fault` in one step, for a page that is in memory."""
+    file = vma.file
+    assert file is not None
+    if not flags & f.FAULT_WRITE and _fault_around(mm, vma, page):
+        return 0
+    index = page - vma.first + vma.pgoff
+    frame = file.pages.get(index)
+    if frame is None or index >= file.page_end:
+        return RETRY
+    frames = mm.machine.frames
+    if flags & f.FAULT_WRITE and not vma.flags & f.VM_SHARED:
+        new = _new_anon(mm, vma, page)
+        if new < 0:
+            return RETRY
+        frames.copy(frame, new)
+        frames.word[frame] &= ~fr.PG_READAHEAD
+        prot = vma.prot | (_NEW_WRITABLE if vma.flags & f.VM_WRITE else _DIRTY_YOUNG)
+        mm.pt.leaf_of(page).pte[page & 511] = new << PAGE_SHIFT | prot
+        return 0
+    frames.word[frame] &= ~fr.PG_READAHEAD
+    prot = vma.prot
+    if flags & f.FAULT_WRITE:
+        prot |= _NEW_WRITABLE
+        frames.word[frame] |= fr.PG_DIRTY
+    _map_file_page(mm, vma, mm.pt.leaf_of(page).pte, page, frame, prot)
+    return 0
+
+
 async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     file = vma.file
     assert file is not None
@@ -389,21 +448,29 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
     at = page & 511
     inside = page - vma.first
     low = max(at & ~(_FAULT_AROUND - 1), at - min(at, inside))
-    high = min(low + _FAULT_AROUND, 512, at + vma.pages - inside)
+    high = min(low + _FAULT_AROUND, 512, at + vma.last - vma.first - inside)
     base = page - at
-    pte = None
+    pte: Any = None
     words = mm.machine.frames.word
+    pages = file.pages
     shift = vma.pgoff - vma.first
-    for near in range(base + low, min(base + high, file.page_end - shift)):
-        frame = file.pages.get(near + shift)
-        if frame is None or words[frame] & fr.PG_READAHEAD:
+    mapped = fr.MAPPED_ONCE
+    for near in range(low, min(high, file.page_end - shift - base)):
+        frame = pages.get(base + near + shift)
+        if frame is None:
+            continue
+        word = words[frame]
+        if word & fr.PG_READAHEAD:
             continue
         if pte is None:
             if page >> 9 not in mm.pt.leaves and file.reaches_end(near + shift):
                 return False
             pte = mm.pt.leaf_of(page).pte
-        if not pte[near & 511]:
-            _map_file_page(mm, vma, pte, near, frame, vma.prot)
+        if not pte[near]:
+            words[frame] = word + mapped
+            if vma.flags & f.VM_LOCKED:
+                mm.machine.mlock(frame)
+            pte[near] = frame << PAGE_SHIFT | vma.prot
     return pte is not None and bool(pte[at] & f.PTE_PRESENT)
 
 

@@ -80,7 +80,7 @@ class Lru:
         self._position[frame] = tail
         log.tail = tail + 1
 
-    def append_many(self, frames: npt.NDArray[np.uint32]) -> None:
+    def append_many(self, frames: Indices) -> None:
         """`append` of distinct frames, oldest first."""
         self._extend(0, frames)
 

@@ -9,6 +9,7 @@ Source: arch/x86/mm/fault.c.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -29,7 +30,10 @@ _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
 _WRITABLE: Final = _READABLE | f.PTE_RW
 _STACK_GAP: Final = 256
 _STACK_PAGES: Final = 2048
+_DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
 _STEP: Final = 512 * 8
+_FEW: Final = 8
+"""Up to so many pages are touched one by one, which is cheaper than vector steps then."""
 
 
 async def access(
@@ -39,25 +43,10 @@ async def access(
 
     A store without `value` leaves the byte as it is. Raises BadAddress for a signal; may suspend.
     """
-    page = addr >> PAGE_SHIFT
-    leaf = mm.pt.leaves.get(page >> 9)
-    needed = _WRITABLE if write else _READABLE
-    while True:
-        if leaf is not None:
-            entry = leaf.pte[page & 511]
-            if entry & needed == needed:
-                leaf.pte[page & 511] = entry | (
-                    f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
-                )
-                break
-        elif mm.pt.huge and mm.pt.get(page) & needed == needed:
-            mm.pt.huge[page >> 9] |= f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
-            entry = mm.pt.get(page)
-            break
-        await fault(mm, page, f.FAULT_WRITE if write else 0)
-        leaf = mm.pt.leaves.get(page >> 9)
-    if mm.tlb is not None:
-        mm.tlb.fill(page, entry)
+    entry = access_nowait(mm, addr, write)
+    while not entry:
+        await fault(mm, addr >> PAGE_SHIFT, f.FAULT_WRITE if write else 0)
+        entry = access_nowait(mm, addr, write)
     data = mm.machine.frames.data
     if data is None:
         return 0
@@ -71,27 +60,44 @@ async def access(
     return contents[addr & _PAGE_BITS] if contents is not None else 0
 
 
-def access_nowait(mm: AddressSpace[Any], addr: int, write: bool = False) -> bool:
-    """`access` without a value in one step; False if it may have to wait, or ends in a signal."""
+def access_nowait(mm: AddressSpace[Any], addr: int, write: bool = False) -> int:
+    """`access` without a value in one step: the page's entry, or 0.
+
+    0 if it may have to wait, or ends in a signal. A fault is handled under the per-VMA lock: nobody
+    can change the VMA before the next await.
+    """
     page = addr >> PAGE_SHIFT
-    leaf = mm.pt.leaves.get(page >> 9)
+    pt = mm.pt
+    leaf = pt.leaves.get(page >> 9)
     needed = _WRITABLE if write else _READABLE
-    if mm.tlb is not None or mm.on_fault is not None or not mm.users:
-        return False
-    if leaf is None or leaf.pte[page & 511] & needed != needed:
-        vma = find_vma(mm, page)
-        permitted = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
-        if vma is None or not vma.flags & permitted or vma.lock_seq == mm.lock_seq:
-            return False
+    while True:
+        if leaf is not None:
+            entry: int = leaf.pte[page & 511]
+            if entry & needed == needed:
+                leaf.pte[page & 511] = entry | (_DIRTY_YOUNG if write else f.PTE_ACCESSED)
+                break
+        elif pt.huge:
+            entry = pt.get(page)
+            if entry & needed == needed:
+                pt.huge[page >> 9] |= _DIRTY_YOUNG if write else f.PTE_ACCESSED
+                break
+        if mm.on_fault is not None or not mm.users:
+            return 0
+        at = bisect_right(mm.firsts, page) - 1
+        if at < 0:
+            return 0
+        vma = mm.vmas[at]
+        allowed = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
+        if page >= vma.last or not vma.flags & allowed or vma.lock_seq == mm.lock_seq:
+            return 0
         result = fault_nowait(mm, vma, page, f.FAULT_WRITE if write else 0)
         if result == RETRY:
-            return False
+            return 0
         account(mm, result)
-        leaf = mm.pt.leaves.get(page >> 9)
-        if leaf is None or leaf.pte[page & 511] & needed != needed:
-            return False
-    leaf.pte[page & 511] |= f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED
-    return True
+        leaf = pt.leaves.get(page >> 9)
+    if mm.tlb is not None:
+        mm.tlb.fill(page, entry)
+    return entry
 
 
 async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
@@ -234,11 +240,12 @@ async def touch(
         if write:
             # No further than memory lasts; the page after that reclaims.
             end = min(end, page + max(1, machine.frames.free - machine.low))
-        if _touch_range(mm, page, end, write):
+        if end - page > _FEW and _touch_range(mm, page, end, write):
             await machine.cond_resched(end - page)
         else:
             for at in range(page, end):
-                await access(mm, at << PAGE_SHIFT, write)
+                if not access_nowait(mm, at << PAGE_SHIFT, write):
+                    await access(mm, at << PAGE_SHIFT, write)
                 await machine.cond_resched(1)
         page = end
 
@@ -262,27 +269,41 @@ def _touch_range(mm: AddressSpace[Any], first: int, last: int, write: bool) -> b
     )
     if fresh:
         mm.pt.populate(first, last)
-    done = 0
-    needed = np.uint64(_WRITABLE if write else _READABLE)
-    bits = np.uint64(f.PTE_DIRTY | f.PTE_ACCESSED if write else f.PTE_ACCESSED)
+    needed = _WRITABLE if write else _READABLE
+    bits = np.uint64(_DIRTY_YOUNG if write else f.PTE_ACCESSED)
     for page, entries in mm.pt.runs(first, last):
-        done += len(entries)
-        empty = np.flatnonzero(entries == 0)
-        if len(empty) < len(entries):
-            used = entries[entries != 0] if len(empty) else entries
-            if (used & needed != needed).any():
+        if not np.count_nonzero(entries):
+            if not fresh:
                 return False
-            entries[entries != 0] |= bits
-        if not len(empty):
+            if write:
+                _fill(mm, vma, page, entries, None)
+            else:
+                entries.fill(machine.zero_entry | vma.prot)
+            mm.min_flt += len(entries)
+            first += len(entries)
             continue
-        if not fresh:
+        used = entries if _every(entries) & needed else entries[entries.nonzero()[0]]
+        if _every(used) & needed != needed:
             return False
-        mm.min_flt += len(empty)
-        if not write:
-            entries[empty] = np.uint64(machine.zero_entry | vma.prot)
-            continue
-        _fill(mm, vma, page, entries, empty)
-    return done == last - first
+        if used is entries:
+            entries |= bits
+        elif not fresh:
+            return False
+        else:
+            entries[entries.nonzero()[0]] |= bits
+            empty = (entries == 0).nonzero()[0]
+            if write:
+                _fill(mm, vma, page, entries, empty)
+            else:
+                entries[empty] = machine.zero_entry | vma.prot
+            mm.min_flt += len(empty)
+        first += len(entries)
+    return first == last
+
+
+def _every(entries: np.ndarray[Any, np.dtype[np.uint64]]) -> int:
+    """The bits that all of some entries have."""
+    return int(np.bitwise_and.reduce(entries))
 
 
 def _fill(
@@ -290,25 +311,29 @@ def _fill(
     vma: Vma,
     page: int,
     entries: np.ndarray[Any, np.dtype[np.uint64]],
-    empty: np.ndarray[Any, np.dtype[np.int64]],
+    empty: np.ndarray[Any, np.dtype[np.int64]] | None,
 ) -> None:
-    """Put fresh anonymous pages where a run is empty."""
+    """Put fresh anonymous pages where a run is empty, which is everywhere without `empty`."""
     machine = mm.machine
     frames = machine.frames
-    new = frames.alloc_many(len(empty))
-    pfns = new.astype(np.int64)
+    count = len(entries if empty is None else empty)
+    new = frames.alloc_many(count)
+    pfns = new.astype(np.uint64)
     assert vma.anon_vma is not None
-    index = page - vma.first + vma.pgoff
-    frames.words[pfns] |= np.uint64(_NEW_ANON_LRU)
-    owner = np.uint64(vma.anon_vma.number << fr.OWNER_SHIFT | index)
-    frames.rmaps[pfns] = empty.view(np.uint64) + owner
-    machine.lru.append_many(new)
-    prot = np.uint64(vma.prot | f.PTE_RW | f.PTE_DIRTY | f.PTE_ACCESSED)
-    found = (pfns.view(np.uint64) << np.uint64(PAGE_SHIFT)) | prot
-    if len(empty) == len(entries):
-        entries[:] = found
+    owner = vma.anon_vma.number << fr.OWNER_SHIFT | page - vma.first + vma.pgoff
+    where = np.arange(owner, owner + count, dtype=np.uint64)
+    if empty is not None:
+        where = empty.view(np.uint64) + np.uint64(owner)
+    index = pfns.view(np.int64)
+    frames.words[index] |= np.uint64(_NEW_ANON_LRU)
+    frames.rmaps[index] = where
+    machine.lru.append_many(index)
+    pfns <<= np.uint64(PAGE_SHIFT)
+    pfns |= np.uint64(vma.prot | f.PTE_RW | f.PTE_DIRTY | f.PTE_ACCESSED)
+    if empty is None:
+        entries[:] = pfns
     else:
-        entries[empty] = found
+        entries[empty] = pfns
 
 
 # ---------------------------------------------------------------------- the kernel's accesses
