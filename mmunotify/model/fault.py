@@ -15,6 +15,7 @@ from mmunotify.ranges import PAGE_SHIFT, Event, Range
 
 from . import flags as f
 from . import frames as fr
+from .hugetlb import hugetlb_fault
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
@@ -34,6 +35,8 @@ _REUSABLE: Final = fr.PG_EXCLUSIVE | fr.PG_SWAPCACHE | fr.PG_HUGE
 async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     """Make one access possible; returns VM_FAULT_ bits. May suspend and announce (COW)."""
     machine = mm.machine
+    if vma.flags & f.VM_HUGETLB:
+        return await hugetlb_fault(mm, vma, page, flags)
     while True:
         result = fault_nowait(mm, vma, page, flags)
         if result != RETRY:
@@ -73,6 +76,8 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         if vma.uffd is not None and (vma.file is not None or vma.flags & f.VM_UFFD_MISSING):
             return RETRY
         if vma.file is not None:
+            if vma.flags & f.VM_HUGETLB:
+                return RETRY
             return _do_fault_nowait(mm, vma, page, flags)
         if leaf is None:
             if mm.pt.huge and page >> 9 in mm.pt.huge:

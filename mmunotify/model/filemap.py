@@ -21,6 +21,7 @@ from .rmap import IntervalTree, page_of
 
 if TYPE_CHECKING:
     from .machine import Machine
+    from .vma import Vma
 
 Kind = Literal["memfd", "ext4"]
 _PAGE_BITS = PAGE_SIZE - 1
@@ -148,6 +149,9 @@ class File:
         if index not in self.pages:
             await self.readahead(index, index + 1)
         return self.pages[index], True
+
+    def closed(self, vma: Vma) -> None:
+        """A mapping of it goes."""
 
     async def readahead(self, first: int, last: int) -> None:
         """Read pages [first, last) that are not cached from the disk, or from swap."""

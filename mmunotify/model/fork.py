@@ -74,7 +74,9 @@ async def _dup_vma(mm: AddressSpace[Any], child: AddressSpace[Any], source: Vma)
     if source.anon_vma is None and not source.flags & (f.VM_PFNMAP | f.VM_MAYBE_GUARD):
         return
     if source.cow:
-        async with mm.section(source.first, source.last, Event.PROTECTION_PAGE):
+        huge = source.flags & f.VM_HUGETLB
+        event = Event.CLEAR if huge else Event.PROTECTION_PAGE
+        async with mm.section(source.first, source.last, event):
             copied = memory.copy_page_range(child, vma, mm, source)
     else:
         copied = memory.copy_page_range(child, vma, mm, source)

@@ -263,3 +263,5 @@ def unpin(mm: AddressSpace[Any], pinned: Pinned) -> None:
     pinned.released = True
     for frame in pinned.translations.frames:
         mm.machine.frames.unpin(frame)
+    if mm.machine.hugetlb.used:
+        mm.machine.hugetlb.collect()

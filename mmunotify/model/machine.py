@@ -20,6 +20,7 @@ from . import frames as fr
 from . import huge_memory, migrate, oom_kill
 from .filemap import File, Kind
 from .frames import Frames
+from .hugetlb import HugeFile, HugePool
 from .ksm import Ksm
 from .lru import Lru
 from .mm import AddressSpace
@@ -49,26 +50,27 @@ class Machine(Generic[L]):
 
     `frames` and `swap` are pages. `locks` is the locking model of the reverse maps, which decides
     which drivers can register. `contents` gives pages real bytes. `batching` says how zaps are told
-    and `era` what is announced. `take_all` is how registration keeps sections out.
+    and `era` what is announced. `hugepages` of 2 MiB are set aside for hugetlb. `take_all` is how
+    registration keeps sections out.
     """
 
     @overload
     def __init__(
         self: Machine[RwSems], frames: int = ..., swap: int = ..., locks: type[RwSems] = ..., *,
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self, frames: int, swap: int, locks: type[L], *,
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self, frames: int = ..., swap: int = ..., *, locks: type[L],
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Machine(Generic[L]):
         batching: Batching = "range",
         era: Era = "linux-6",
         thp: Thp = "madvise",
+        hugepages: int = 0,
         take_all: TakeAll | None = None,
         name: str = "machine",
         logger: object = None,
@@ -110,6 +113,7 @@ class Machine(Generic[L]):
         self.owed: Final[list[Section]] = []
         """Sections under a reverse-map lock, whose deferred drivers have yet to finish."""
         self.migrating: Final[dict[int, anyio.Event]] = {}
+        self.hugetlb: Final = HugePool(self, hugepages)
         zero = self.frames.alloc()
         self.frames.get(zero)
         self.zero_entry: Final = zero << PAGE_SHIFT | f.PTE_SPECIAL
@@ -278,6 +282,18 @@ class Machine(Generic[L]):
     def shmem_file(self, size: int) -> File:
         """The file behind shared anonymous memory of `size` bytes."""
         file = File(self, f"f{next(self._file_names)}", size, "memfd")
+        self.files.append(file)
+        return file
+
+    def huge_file(self, size: int, owner: AddressSpace[L] | None, *, reserve: bool) -> HugeFile:
+        """The file behind a hugetlb mapping of `size` bytes; private if it has an owner."""
+        file = HugeFile(self, f"f{next(self._file_names)}", size, owner)
+        try:
+            if reserve:
+                file.reserve()
+        except MmError:
+            file.put()
+            raise
         self.files.append(file)
         return file
 

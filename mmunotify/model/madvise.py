@@ -159,12 +159,22 @@ def _may_discard(vma: Vma, advice: str) -> None:
 
 async def _dontneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "dontneed")
-    await mm.zap_page_range(vma, first, last)
-    mm.pt.reclaim_tables(first, last)
+    await _discard(mm, vma, first, last)
 
 
 async def _dontneed_locked(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     _may_discard(vma, "dontneed_locked")
+    await _discard(mm, vma, first, last)
+
+
+async def _discard(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
+    if vma.flags & f.VM_HUGETLB:
+        # No more than was asked for: a huge page that only begins in the range stays.
+        if first & 511:
+            raise _refuse(vma, "dontneed")
+        last &= ~511
+        if first == last:
+            return
     await mm.zap_page_range(vma, first, last)
     mm.pt.reclaim_tables(first, last)
 

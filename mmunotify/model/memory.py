@@ -16,6 +16,7 @@ from mmunotify.ranges import PAGE_SHIFT, Event
 
 from . import flags as f
 from . import frames as fr
+from .hugetlb import copy_pinned, expanded
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -84,6 +85,8 @@ class Gather:
             else:
                 self._release(frames)
         self.held = ()
+        if self.mm.machine.hugetlb.used:
+            self.mm.machine.hugetlb.collect()
 
     def _release(self, frames: I64) -> None:
         words = self.frames.words[frames]
@@ -111,7 +114,8 @@ async def zap_page_range(
 
     mmap_lock is held, or i_mmap (`locked`); may suspend in the section. PTE markers stay.
     """
-    section = mm.section(first, last, event, zap=True, locked=locked)
+    told = expanded(vma, first, last) if vma.flags & f.VM_HUGETLB else (first, last)
+    section = mm.section(*told, event, zap=True, locked=locked)
     async with section:
         await zap_pages(mm, vma, first, last, section, even_cows=even_cows)
     if not locked:
@@ -394,7 +398,13 @@ def copy_page_range(
             entries[at] = mine
         _store(child, page, at, theirs, len(entries))
     for index in [i for i in parent.pt.huge if source.first <= i << 9 < source.last]:
-        child.share_huge(parent, index, cow=cow)
+        copied = 0
+        if vma.flags & f.VM_HUGETLB:
+            copied = copy_pinned(child, vma, index, parent.pt.huge[index])
+        if copied < 0:
+            return False
+        if not copied:
+            child.share_huge(parent, index, cow=cow)
     return True
 
 

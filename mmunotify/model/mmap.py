@@ -73,25 +73,31 @@ async def mmap(
     fixed = flags & (f.MAP_FIXED | f.MAP_FIXED_NOREPLACE)
     if flags & f.MAP_HUGETLB:
         count = (count + 511) & ~511
+        if (addr if fixed else 0) & (512 * PAGE_SIZE - 1):
+            raise MmError(errno.EINVAL, f"mmap({addr:#x}, hugetlb): expected a multiple of 2 MiB")
     async with mm.write_locked:
         if fixed:
-            first, _ = pages_of(mm, addr, length, "mmap")
+            first = pages_of(mm, addr, length, "mmap")[0]
             if first + count > _TASK_PAGES:
                 raise MmError(errno.ENOMEM, f"mmap at {addr:#x} in {mm.name}: beyond the task size")
             if flags & f.MAP_FIXED_NOREPLACE and vmas_in(mm, first, first + count):
                 raise MmError(
                     errno.EEXIST, f"mmap({addr:#x}, {length:#x}, NOREPLACE): something is mapped"
                 )
+        elif flags & f.MAP_HUGETLB:
+            first = hole(mm, count + 511) + 511 & ~511
         else:
             first = hole(mm, count)
         vm_flags = _vm_flags(prot, flags)
-        if flags & f.MAP_SHARED and file is None:
-            file = mm.machine.shmem_file(count << PAGE_SHIFT)
-            owned: File | None = file
-        else:
-            owned = None
+        owned: File | None = None
         if flags & f.MAP_HUGETLB and file is None:
             vm_flags |= f.VM_HUGETLB | f.VM_DONTEXPAND
+            owner = None if flags & f.MAP_SHARED else mm
+            file = owned = mm.machine.huge_file(
+                count << PAGE_SHIFT, owner, reserve=not flags & f.MAP_NORESERVE
+            )
+        elif flags & f.MAP_SHARED and file is None:
+            file = owned = mm.machine.shmem_file(count << PAGE_SHIFT)
         try:
             await _mmap_region(mm, first, first + count, vm_flags, file, offset >> PAGE_SHIFT)
         finally:
@@ -210,6 +216,8 @@ async def remove_vma(mm: AddressSpace[Any], vma: Vma) -> None:
             if vma.file is not None:
                 vma.file.i_mmap.remove(vma)
     if vma.file is not None:
+        if vma.flags & f.VM_HUGETLB:
+            vma.file.closed(vma)
         vma.file.put()
 
 

@@ -16,7 +16,7 @@ from mmunotify.ranges import Event
 
 from . import flags as f
 from . import frames as fr
-from . import gup
+from . import gup, hugetlb
 from .memory import PFN_MASK, PRESENT, SHIFT, SPECIAL
 from .mmap import pages_of
 from .vma import find_vma, modify, vmas_in
@@ -100,6 +100,9 @@ async def change_protection(
     Announced once per 512 GiB, from the first GiB that has a PMD table to the end of the range;
     `uffd_wp` sets or clears userfaultfd's write protection instead. Source: change_protection.
     """
+    if vma.flags & f.VM_HUGETLB:
+        await hugetlb.change_protection(mm, vma, first, last)
+        return
     while first < last:
         end = min(last, (first // _P4D_PAGES + 1) * _P4D_PAGES)
         gibs = mm.pt.gibs(first, end)

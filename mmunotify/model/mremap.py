@@ -59,6 +59,11 @@ async def mremap(
     await mm.machine.cond_resched()
     populate: tuple[int, int] | None = None
     async with mm.write_locked:
+        source = find_vma(mm, first)
+        if source is not None and source.flags & f.VM_HUGETLB:
+            count, wanted = (count + 511) & ~511, (wanted + 511) & ~511
+            if (first | (target if fixed else 0)) & 511 or wanted > count:
+                raise MmError(errno.EINVAL, f"{what}: expected whole huge pages, and no more")
         if len(mm.vmas) + 2 >= MAX_MAP_COUNT - 3:
             raise MmError(errno.ENOMEM, f"{what}: too many mappings")
         if fixed and count == wanted:
@@ -240,7 +245,8 @@ async def _move_page_tables(
     if first == last:
         return
     first, target = _realign(mm, vma, new, first, last, target)
-    async with mm.section(first, last, Event.UNMAP), mm.locks_of(vma, new):
+    event = Event.CLEAR if vma.flags & f.VM_HUGETLB else Event.UNMAP
+    async with mm.section(first, last, event), mm.locks_of(vma, new):
         at = first
         while at < last:
             index = at >> 9

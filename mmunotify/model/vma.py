@@ -8,9 +8,11 @@ Source: mm/vma.c.
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
+from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT
 
 from . import flags as f
@@ -238,8 +240,11 @@ async def _adjust_trans_huge(vma: Vma, first: int, last: int, nxt: Vma | None) -
 async def split(mm: AddressSpace[Any], vma: Vma, page: int, *, new_below: bool) -> Vma:
     """Cut a VMA at a page; returns the new one, which is below or above it (__split_vma).
 
-    mmap_lock is held for writing. May suspend; announces the enclosing 2 MiB.
+    mmap_lock is held for writing. May suspend; announces the enclosing 2 MiB. EINVAL in the middle
+    of a hugetlb page.
     """
+    if vma.flags & f.VM_HUGETLB and page & 511:
+        raise MmError(errno.EINVAL, f"{vma!r} cannot be cut at {page << PAGE_SHIFT:#x}: hugetlb")
     new = vma.dup()
     mm.vma_start_write(vma)
     mm.vma_start_write(new)

@@ -17,20 +17,7 @@ NEVER_EXCUSED = {
 }  # fmt: skip
 
 
-KNOWN_TO_DIFFER = {
-    "guest": "g15 maps hugetlb pages",
-    "hand": "h75 maps hugetlb pages",
-}
-
-
-def _known(path: Path) -> object:
-    name = path.name.partition(".")[0]
-    reason = KNOWN_TO_DIFFER.get(name)
-    marks = () if reason is None else (pytest.mark.xfail(reason=reason, strict=False),)
-    return pytest.param(path, id=name, marks=marks)
-
-
-@pytest.mark.parametrize("path", [*map(_known, RECORDINGS)])
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.name.partition(".")[0])
 def test_recording_agrees(path: Path) -> None:
     report = Report(path)
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 FRAMES: Final = 1 << 17
 SWAP_SLOTS: Final = 1 << 16
+HUGE_PAGES: Final = 16
 PATIENCE: Final = 20
 """Seconds that an operation may take; they take milliseconds."""
 PROTECTIONS: Final = {"r": PROT_READ, "w": PROT_WRITE, "x": PROT_EXEC}
@@ -105,6 +106,7 @@ class Harness:
             frames=FRAMES,
             swap=SWAP_SLOTS,
             contents=True,
+            hugepages=HUGE_PAGES,
             thp="madvise" if sequence.thp else "never",
         )
         self._processes: dict[str, AddressSpace[Any]] = {}
