@@ -397,7 +397,7 @@ async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> i
         await mm.anon_vma_prepare(vma)
     if index >= file.page_end:
         return f.VM_FAULT_SIGBUS
-    frame, read = await file.page(index)
+    frame, read = await file.page(index, _read_around(vma, index))
     major = f.VM_FAULT_MAJOR if read else 0
     waited = read and file.kind == "ext4" and not flags & f.FAULT_WRITE and vma.uffd is None
     if waited and _fault_around(mm, vma, page):
@@ -430,6 +430,20 @@ async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> i
             prot = prot & ~f.PTE_RW | f.PTE_UFFD_WP
         _map_file_page(mm, vma, leaf.pte, page, frame, prot)
     return major
+
+
+def _read_around(vma: Vma, index: int) -> tuple[int, int] | None:
+    """What a fault reads from the disk with a page, if not as much around it as can be.
+
+    Source: do_sync_mmap_readahead.
+    """
+    if vma.flags & (f.VM_RAND_READ | f.VM_EXEC) == f.VM_RAND_READ:
+        return index, index + 1
+    if vma.flags & f.VM_SEQ_READ:
+        return index, 1 << 52
+    if vma.flags & f.VM_EXEC:
+        return index, vma.pgoff + vma.pages
+    return None
 
 
 def _map_file_page(
@@ -468,7 +482,7 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
         if word & fr.PG_READAHEAD:
             continue
         if pte is None:
-            if page >> 9 not in mm.pt.leaves and file.reaches_end(near + shift):
+            if page >> 9 not in mm.pt.leaves and file.reaches_end(base + near + shift):
                 return False
             pte = mm.pt.leaf_of(page).pte
         if not pte[near]:

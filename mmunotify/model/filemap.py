@@ -46,6 +46,8 @@ class File:
         """Page index to swap slot (memfd only)."""
         self.disk: dict[int, bytearray] = {}
         """Page index to what is on the disk, zeros left out (ext4 only)."""
+        self.folios: dict[int, range] = {}
+        """Page index to the folio of several pages that it is part of; what is not here is one."""
         self.i_mmap = IntervalTree()
         self.i_mmap_lock = machine.locks.rmap_lock("i_mmap")
         self.number = machine.owners.add(self)
@@ -95,6 +97,7 @@ class File:
     def remove(self, index: int) -> None:
         """Take a page out of the cache and drop its reference."""
         frame = self.pages.pop(index)
+        self.folios.pop(index, None)
         frames = self.machine.frames
         frames.word[frame] &= ~(fr.PG_PAGECACHE | fr.PG_DIRTY)
         frames.put(frame)
@@ -110,22 +113,76 @@ class File:
         for index in [i for i in self.swapped if first <= i < end]:
             self.machine.swap.drop(self.swapped.pop(index))
 
+    async def _truncate_pages(self, first: int, last: int | None) -> None:
+        """`drop_pages`, having split the folios that are only partly in the range."""
+        for edge, inside in ((first, first - 1), (last, last)):
+            if edge is None or inside is None or inside not in self.folios:
+                continue
+            folio = self.folios[inside]
+            if edge != folio.start:
+                await self.split_folio(inside, max(first, folio.start))
+                if last is not None and last in self.folios and last != self.folios[last].start:
+                    await self.split_folio(last, last)
+        self.drop_pages(first, last)
+
     def reaches_end(self, index: int) -> bool:
         """Whether the folio of a cached page of a disk file holds the last page of the file."""
-        if self.kind == "memfd":
-            return False
-        word = self.machine.frames.word
-        last = self.page_end - 1
-        order = (index ^ last).bit_length()
-        folio = range(index >> order << order, last + 1)
-        return index == last or all(
-            at in self.pages and word[self.pages[at]] & fr.PG_LARGE for at in folio
-        )
+        return self.kind != "memfd" and self.folio(index).stop >= self.page_end
 
-    async def page(self, index: int) -> tuple[int, bool]:
+    def folio(self, index: int) -> range:
+        """The pages of the folio of a cached page."""
+        return self.folios.get(index) or range(index, index + 1)
+
+    async def split_folio(self, index: int, at: int) -> None:
+        """Make small pages of a folio around its page `at`, and halves, quarters, … of the rest.
+
+        It is unmapped first: one announcement per VMA that may map it, until nobody does. Source:
+        __folio_split, unmap_folio.
+        """
+        folio = self.folios[index]
+        await self._unmap_folio(folio)
+        word = self.machine.frames.word
+        while len(folio) > 1:
+            for page in folio:
+                del self.folios[page]
+            middle = folio.start + len(folio) // 2
+            low, high = range(folio.start, middle), range(middle, folio.stop)
+            folio, rest = (low, high) if at < middle else (high, low)
+            for part in (folio, rest):
+                for page in part:
+                    if len(part) > 1:
+                        self.folios[page] = part
+                    else:
+                        word[self.pages[page]] &= ~fr.PG_LARGE
+
+    async def _unmap_folio(self, folio: range) -> None:
+        words = self.machine.frames.word
+        frames = [self.pages[index] for index in folio]
+        async with self.i_mmap_lock.reading():
+            for vma in self.i_mmap.overlapping(folio.start, folio.stop):
+                mm = vma.mm
+                first = max(page_of(vma, folio.start), vma.first)
+                last = min(page_of(vma, folio.stop), vma.last)
+                async with mm.section(first, last, Event.CLEAR, locked=True):
+                    for page in range(first, last):
+                        frame = self.pages[page - vma.first + vma.pgoff]
+                        if not mm.maps(page, frame):
+                            continue
+                        if mm.pt.get(page) & f.PTE_DIRTY:
+                            words[frame] |= fr.PG_DIRTY
+                        mm.set_pte(page, 0)
+                        self.machine.remove_rmap(frame)
+                        self.machine.frames.put(frame)
+                    mm.flush_tlb(first, last)
+                if not any(words[frame] & fr.MAP_MASK for frame in frames):
+                    break
+        await self.machine.settle()
+
+    async def page(self, index: int, around: tuple[int, int] | None = None) -> tuple[int, bool]:
         """The frame of a page, brought in if need be, and whether that took I/O.
 
-        Takes no reference: what it returns is good until the caller suspends.
+        `around` are the pages to read with it. Takes no reference: what it returns is good until
+        the caller suspends.
         """
         frame = self.pages.get(index)
         if frame is not None:
@@ -145,7 +202,8 @@ class File:
             self.add(index, frame)
             return frame, slot is not None
         first = max(0, index - _READAHEAD // 2)
-        await self.readahead(first, min(first + _READAHEAD, self.page_end))
+        first, last = around or (first, first + _READAHEAD)
+        await self.readahead(first, min(last, self.page_end))
         if index not in self.pages:
             await self.readahead(index, index + 1)
         return self.pages[index], True
@@ -210,7 +268,7 @@ class File:
             self._zero_tail(size)
             return
         await self.unmap_mapping_range(hole, None, even_cows=True)
-        self.drop_pages(hole, None)
+        await self._truncate_pages(hole, None)
         for index in [i for i in self.disk if i >= hole]:
             del self.disk[index]
         self._zero_tail(size)
@@ -242,7 +300,7 @@ class File:
             if mode == "punch" and offset + length >= self.size:
                 last = self.page_end
         await self.unmap_mapping_range(first, last, even_cows=False)
-        self.drop_pages(first, last)
+        await self._truncate_pages(first, last)
         for index in [i for i in self.disk if first <= i < last]:
             del self.disk[index]
         if mode == "zero":
@@ -258,7 +316,7 @@ class File:
         first, count = offset >> PAGE_SHIFT, length >> PAGE_SHIFT
         await self.writeback(first, None)
         await self.unmap_mapping_range(first, None, even_cows=True)
-        self.drop_pages(first, None)
+        await self._truncate_pages(first, None)
         await self.unmap_mapping_range(first, None, even_cows=True)
         self.disk = {
             index if index < first else index - count: data
@@ -274,32 +332,37 @@ class File:
         end = last if last is not None else 1 << 52
         dirty = [i for i, frame in self.pages.items() if first <= i < end and self._dirty(frame)]
         for index in sorted(dirty):
-            if index in self.pages:
-                await self._mkclean(index)
-            if index in self.pages:
-                self._write_page(index)
+            folio = self.folio(index)
+            if index in self.pages and self._dirty(self.pages[index]):
+                await self._mkclean(folio)
+            for page in folio:
+                if page in self.pages:
+                    self._write_page(page)
         if dirty:
             self.machine.lru.drain()
 
-    async def _mkclean(self, index: int) -> None:
-        """Write-protect a mapped page in every shared mapping of the file; one announcement each.
+    async def _mkclean(self, folio: range) -> None:
+        """Write-protect a mapped folio in every shared mapping of the file; one announcement each.
 
         Also in those that do not map it: Linux looks only after it has announced.
         """
-        frame = self.pages[index]
-        if not self.machine.frames.word[frame] & fr.MAP_MASK:
+        words = self.machine.frames.word
+        if not any(words[self.pages[index]] & fr.MAP_MASK for index in folio):
             return
         async with self.i_mmap_lock.reading():
-            for vma in self.i_mmap.overlapping(index, index + 1):
+            for vma in self.i_mmap.overlapping(folio.start, folio.stop):
                 if not vma.flags & f.VM_SHARED:
                     continue
-                page = page_of(vma, index)
+                first = max(page_of(vma, folio.start), vma.first)
+                last = min(page_of(vma, folio.stop), vma.last)
                 mm = vma.mm
-                async with mm.section(page, page + 1, Event.PROTECTION_PAGE, locked=True):
-                    entry = mm.pt.get(page)
-                    if mm.maps(page, frame) and entry & (f.PTE_DIRTY | f.PTE_RW):
-                        mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
-                        mm.flush_tlb(page, page + 1)
+                async with mm.section(first, last, Event.PROTECTION_PAGE, locked=True):
+                    for page in range(first, last):
+                        entry = mm.pt.get(page)
+                        frame = self.pages[page - vma.first + vma.pgoff]
+                        if mm.maps(page, frame) and entry & (f.PTE_DIRTY | f.PTE_RW):
+                            mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
+                            mm.flush_tlb(page, page + 1)
         await self.machine.settle()
 
     async def pread(self, offset: int, size: int) -> bytes:
@@ -320,7 +383,7 @@ class File:
     async def pwrite(self, offset: int, data: bytes) -> None:
         """Write bytes through the page cache; grows the file."""
         frames = self.machine.frames
-        large = self._large_folios(offset, len(data)) if self.kind == "ext4" else set()
+        large = self._large_folios(offset, len(data)) if self.kind == "ext4" else {}
         at = 0
         while at < len(data):
             index, low = (offset + at) >> PAGE_SHIFT, (offset + at) & _PAGE_BITS
@@ -332,24 +395,29 @@ class File:
             if frames.data is not None:
                 contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))
                 contents[low:high] = data[at : at + high - low]
-            frames.word[frame] |= fr.PG_DIRTY | (fr.PG_LARGE if index in large else 0)
+            frames.word[frame] |= fr.PG_DIRTY
+            if index in large:
+                self.folios[index] = large[index]
+                frames.word[frame] |= fr.PG_LARGE
             self.machine.mark_accessed(frame)
             at += high - low
 
-    def _large_folios(self, offset: int, length: int) -> set[int]:
+    def _large_folios(self, offset: int, length: int) -> dict[int, range]:
         """The absent pages that a write of whole pages brings in as folios of several."""
-        large: set[int] = set()
+        large: dict[int, range] = {}
         index, last = -(-offset >> PAGE_SHIFT), (offset + length) >> PAGE_SHIFT
         while index < last:
             order = (last - index).bit_length() - 1
-            while index & ((1 << order) - 1):
+            while index & ((1 << order) - 1) or any(
+                page in self.pages for page in range(index, index + (1 << order))
+            ):
+                if not order:
+                    break
                 order -= 1
             folio = range(index, index + (1 << order))
-            if order and not any(page in self.pages for page in folio):
-                large.update(folio)
-                index += 1 << order
-            else:
-                index += 1
+            if order:
+                large.update(dict.fromkeys(folio, folio))
+            index = folio.stop
         return large
 
     def drop_cache(self) -> None:

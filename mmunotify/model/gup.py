@@ -45,11 +45,18 @@ def faultin_nowait(mm: AddressSpace[Any], page: int, *, write: bool) -> int:
 
 
 async def faultin_page(
-    mm: AddressSpace[Any], vma: Vma, page: int, *, write: bool, force: bool = False
+    mm: AddressSpace[Any],
+    vma: Vma,
+    page: int,
+    *,
+    write: bool,
+    force: bool = False,
+    forgets: bool = False,
 ) -> int:
     """The entry of a page, present and fit for what is wanted; may suspend and announce.
 
-    With `force` a page that only others may write is made the process's own copy. Raises
+    With `force` a page that only others may write is made the process's own copy. A caller that
+    `forgets` begins anew after a wait for a disk, which makes the fault a minor one. Raises
     BadAddress where a fault ends in a signal. mmap_lock is held.
     """
     while True:
@@ -59,6 +66,8 @@ async def faultin_page(
             return entry
         flags = f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0)
         result = await handle_mm_fault(mm, vma, page, flags)
+        if forgets and vma.file is not None and vma.file.writenotify:
+            result &= ~f.VM_FAULT_MAJOR
         account(mm, result)
         if result & f.VM_FAULT_ERROR:
             bus = result & f.VM_FAULT_SIGBUS
@@ -149,7 +158,9 @@ async def populate_vma(
             number = errno.EINVAL if madvise else errno.EFAULT
             raise MmError(number, f"populate: {vma!r} does not permit it")
         for page in range(first, last):
-            entry = await faultin_page(mm, vma, page, write=bool(write), force=force)
+            entry = await faultin_page(
+                mm, vma, page, write=bool(write), force=force, forgets=not madvise
+            )
             _touched(mm, page, entry, bool(write))
     finally:
         mm.machine.lru.drain()
