@@ -141,8 +141,16 @@ class GruDriver(AtomicDriver):
         """The last user has put it."""
         self._leave()
 
+    def context_freed(self, gts: Gts) -> None:
+        """The last reference to one of the contexts has gone."""
+        self.statistics.gts_free += 1
+        self.contexts.remove(gts)
+        if self._exited:
+            self._leave()
+
     def _leave(self) -> None:
-        if self in self.gru.drivers:
+        """The GRU forgets the address space when its last context is freed, too."""
+        if self in self.gru.drivers and not self.contexts:
             self.statistics.gms_free += 1
             self.gru.retire(self)
             counted = {name: count for name, count in self.statistics.as_dict().items() if count}

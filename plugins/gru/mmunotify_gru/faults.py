@@ -251,14 +251,18 @@ class Faults:
                         self.waiters.remove(waiter)
 
     def section_over(self) -> None:
-        """A section has ended: serve those whose page is free again, and wake everybody."""
-        woken = self.waiters[:]
-        self.waiters.clear()
-        for waiter in woken:
-            tfh = waiter.cbr.tfh
-            if waiter.missing and not self.gms.covered(tfh.address, PAGE_SIZE):
-                self.try_dropin(waiter.gts, tfh)
+        """A section has ended: serve and wake those whose page no section covers any more.
+
+        The others wait on (the original wakes everybody).
+        """
+        for waiter in self.waiters[:]:
+            address = waiter.cbr.tfh.address
+            if waiter.missing and self.gms.covered(address, PAGE_SIZE):
+                continue
+            self.waiters.remove(waiter)
             waiter.over.set()
+            if waiter.missing:
+                self.try_dropin(waiter.gts, waiter.cbr.tfh)
 
     def wake_all(self) -> None:
         """The address space goes: nobody has anything to wait for."""

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .context import Context
     from .driver import GruDriver
 
+TURNS: Final = 64
+"""Misses that a waiting user serves before he lets others run."""
 RETRY_LIMIT: Final = 3
 """How often an instruction that stopped with a retryable cause is started again."""
 
@@ -103,9 +105,8 @@ class Gru:
 
     def retire(self, driver: GruDriver) -> None:
         """An address space has gone: keep its counters."""
-        if driver in self.drivers:
-            self.drivers.remove(driver)
-            self._retired.add(driver.statistics)
+        self.drivers.remove(driver)
+        self._retired.add(driver.statistics)
 
     # ------------------------------------------------------------------ the user's way in
 
@@ -387,7 +388,7 @@ class Gru:
         Raises InstructionException where it stops, after `RETRY_LIMIT` retries where a retry can
         help, and ContextClosed.
         """
-        retries = 0
+        retries = turns = 0
         while True:
             if not gts.cbrs:
                 await self.touch(gts)
@@ -395,6 +396,9 @@ class Gru:
             if cbr.status is CbStatus.IDLE:
                 return
             if cbr.status is CbStatus.CALL_OS:
+                turns += 1
+                if turns % TURNS == 0:
+                    await checkpoint()
                 await self.call_os(gts, number)
             elif cbr.status is CbStatus.ACTIVE:
                 # It polls, or has much to do: let others run, and have it run on.

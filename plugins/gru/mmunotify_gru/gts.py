@@ -102,9 +102,7 @@ class Gts:
         """Give one back; the last one frees it."""
         self.references -= 1
         if self.references == 0:
-            gms = self.gms
-            gms.statistics.gts_free += 1
-            gms.contexts.remove(self)
+            self.gms.context_freed(self)
             freed = self.freed
             self.__class__ = _FreedGts
             if freed is not None:

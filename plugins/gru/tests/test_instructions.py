@@ -1,8 +1,8 @@
 """Every instruction and element size against plain Python, while the pages go elsewhere.
 
-The memory is that of the model, with contents. Before each instruction, and between a miss and its
-being served, the primary takes pages away: swapped out, write-protected and back, copied after a
-fork, moved, unmapped and mapped again. What the oracle says must be there afterwards.
+The memory is that of the model, with contents. Before each instruction, or in another task while it
+runs, the primary takes pages away: swapped out, write-protected and back, copied after a fork,
+moved, migrated, unmapped and mapped again. What the oracle says must be there afterwards.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mmunotify as mn
 from mmunotify.model import Machine
 from mmunotify_gru import Gru, GruChecker
-from mmunotify_gru.hardware.instructions import EXOPS, Exop, Instruction, Opcode, Xtype
+from mmunotify_gru.errors import InstructionException
+from mmunotify_gru.hardware.instructions import EXOPS, Cause, Exop, Instruction, Opcode, Xtype
 
 if TYPE_CHECKING:
     from mmunotify.model.mm import AddressSpace
@@ -232,6 +235,42 @@ class Run:
         assert await self.context.get(0, DSEG) == self.oracle.dseg, ins
         assert await self.mm.read(self.base, PAGES * PAGE) == self.oracle.memory, ins
 
+    async def step_in_a_storm(self, op: Opcode, at: int, fields: dict[str, Any]) -> None:
+        """An instruction that may meet what the process must not touch just now: again, then."""
+        fields = dict(fields)
+        vector = fields.pop("vector", None)
+        if vector is not None:
+            words = b"".join(word.to_bytes(8, "little") for word in vector)
+            await self.context.put(2048, words)
+            self.oracle.dseg[2048 : 2048 + len(words)] = words
+        ins = Instruction(op, self.base + at, **fields)
+        if op is Opcode.BCOPY:
+            # What is done twice must not overlap.
+            size = SIZES[ins.xtype]
+            half = PAGES * PAGE // 2
+            ins.address = self.base + at % half
+            ins.nelem = min(ins.nelem, (half - at % half) // size)
+            ins.operand1 = self.base + half
+            self.oracle.copy(at % half, half, ins.nelem * size, ins.operand2, ins.offset)
+            inside = slice(ins.offset, ins.offset + 64 * ins.operand2)
+        else:
+            self.oracle.run(op, at, ins)
+            inside = slice(0, 0)
+        while True:
+            try:
+                value, _ = await self.context.execute(ins)
+                break
+            except InstructionException as stopped:
+                if stopped.cause is not Cause.OS_FATAL_TLB_FAULT:
+                    raise
+                await checkpoint()
+        if op in EXOPS and op is not Opcode.GAMXR:
+            assert value == self.oracle.value, ins
+        dseg = bytearray(await self.context.get(0, DSEG))
+        # Where a copy begins again the buffer holds other parts of it.
+        self.oracle.dseg[inside] = dseg[inside]
+        assert dseg == self.oracle.dseg, ins
+
 
 async def check(
     program: list[tuple[str, Opcode, int, dict[str, Any]]], miss: str, preload: int
@@ -248,6 +287,92 @@ async def check(
                     await run.disturb(how)
                     await run.step(op, at, fields)
                 checker.check()
+
+
+class Dawdler(mn.SleepableDriver):
+    """Keeps sections open for a while, so that instructions meet them."""
+
+    async def invalidate_range_start(self, rng: mn.Range) -> None:
+        await checkpoint()
+
+    async def invalidate_range_end(self, rng: mn.Range) -> None:
+        await checkpoint()
+
+
+async def storm(run: Run, elsewhere: int, over: anyio.Event) -> None:
+    """What keeps the contents, again and again, until the instructions are over."""
+    mm, base, size = run.mm, run.base, PAGES * PAGE
+    while not over.is_set():
+        await mm.madvise(base, size, "pageout")
+        await checkpoint()
+        await mm.mprotect(base, 2 * PAGE, 1)
+        await checkpoint()
+        await mm.mprotect(base, 2 * PAGE, 3)
+        child = await mm.fork()
+        await checkpoint()
+        await mm.access(base + PAGE, write=True)
+        await child.exit()
+        await mm.mremap(base, size, size, 3, elsewhere)
+        await checkpoint()
+        await mm.mremap(elsewhere, size, size, 3, base)
+        await mm.access(base)
+        await run.machine.migrate(mm, base)
+        await checkpoint()
+        run.context.unload()
+
+
+async def check_in_a_storm(
+    program: list[tuple[str, Opcode, int, dict[str, Any]]], miss: str, preload: int
+) -> None:
+    gru = Gru(tlb=5)
+    async with Machine(frames=1 << 10, swap=1 << 10, contents=True) as machine:
+        mm = machine.new_mm("P")
+        elsewhere = await mm.mmap(PAGES * PAGE)
+        await mm.munmap(elsewhere, PAGES * PAGE)
+        with GruChecker(gru) as checker:
+            checker.watch(mm.notifiers)
+            async with (
+                mm.attached(Dawdler()),
+                gru.open(mm.notifiers, dseg=DSEG, miss=miss, preload=preload) as context,
+                anyio.create_task_group() as tg,
+            ):
+                run = Run(machine, mm, context)
+                await run.begin()
+                over = anyio.Event()
+                tg.start_soon(storm, run, elsewhere - 64 * PAGE, over)
+                for _, op, at, fields in program:
+                    await checkpoint()
+                    await run.step_in_a_storm(op, at, fields)
+                over.set()
+            assert await mm.read(run.base, PAGES * PAGE) == run.oracle.memory
+            checker.check()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    program=st.lists(steps(), min_size=1, max_size=8),
+    miss=st.sampled_from(["interrupt", "poll"]),
+    preload=st.sampled_from([0, 3]),
+)
+def test_instructions_in_a_storm(
+    program: list[tuple[str, Opcode, int, dict[str, Any]]], miss: str, preload: int
+) -> None:
+    """While pages are swapped, protected, copied, moved and migrated by another task."""
+    anyio.run(check_in_a_storm, program, miss, preload)
+
+
+@pytest.mark.long
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    program=st.lists(steps(), min_size=1, max_size=12),
+    miss=st.sampled_from(["interrupt", "poll"]),
+    preload=st.sampled_from([0, 3]),
+)
+def test_instructions_in_a_storm_at_length(
+    program: list[tuple[str, Opcode, int, dict[str, Any]]], miss: str, preload: int
+) -> None:
+    """The same, more of it."""
+    anyio.run(check_in_a_storm, program, miss, preload)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
