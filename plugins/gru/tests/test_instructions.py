@@ -17,11 +17,15 @@ from hypothesis import strategies as st
 
 import mmunotify as mn
 from mmunotify.model import Machine
-from mmunotify_gru import Gru, GruChecker
-from mmunotify_gru.errors import InstructionException
+from mmunotify_gru import Gru, GruChecker, GruDriver
+from mmunotify_gru.errors import GruInvariantViolated, InstructionException
+from mmunotify_gru.hardware.chiplet import Chiplet
 from mmunotify_gru.hardware.instructions import EXOPS, Cause, Exop, Instruction, Opcode, Xtype
+from mmunotify_gru.hardware.tfh import Tfh
+from slow_primary import SlowPrimary
 
 if TYPE_CHECKING:
+    from mmunotify import Primary
     from mmunotify.model.mm import AddressSpace
     from mmunotify_gru import Context
 
@@ -289,6 +293,18 @@ async def check(
                 checker.check()
 
 
+class SlowGru(Gru):
+    """Its drivers get translations after others have run."""
+
+    def make_driver(self) -> GruDriver:
+        class SlowDriver(GruDriver):
+            def attach(self, primary: Primary | None) -> None:
+                assert primary is not None
+                super().attach(SlowPrimary(primary))
+
+        return SlowDriver(gru=self)
+
+
 class Dawdler(mn.SleepableDriver):
     """Keeps sections open for a while, so that instructions meet them."""
 
@@ -322,9 +338,12 @@ async def storm(run: Run, elsewhere: int, over: anyio.Event) -> None:
 
 
 async def check_in_a_storm(
-    program: list[tuple[str, Opcode, int, dict[str, Any]]], miss: str, preload: int
+    program: list[tuple[str, Opcode, int, dict[str, Any]]],
+    miss: str,
+    preload: int,
+    gru_type: type[Gru] = SlowGru,
 ) -> None:
-    gru = Gru(tlb=5)
+    gru = gru_type(tlb=5)
     async with Machine(frames=1 << 10, swap=1 << 10, contents=True) as machine:
         mm = machine.new_mm("P")
         elsewhere = await mm.mmap(PAGES * PAGE)
@@ -346,6 +365,40 @@ async def check_in_a_storm(
                 over.set()
             assert await mm.read(run.base, PAGES * PAGE) == run.oracle.memory
             checker.check()
+
+
+class Deaf(Tfh):
+    """M8: a restart is accepted whatever has happened since the handle was read."""
+
+    __slots__ = ()
+
+    def accepts(self, seen: int) -> bool:
+        return True
+
+
+class DeafChiplet(Chiplet):
+    tfh_type = Deaf
+
+
+class DeafGru(SlowGru):
+    chiplet_type = DeafChiplet
+
+
+STORES: list[tuple[str, Opcode, int, dict[str, Any]]] = [
+    ("nothing", Opcode.VSET, 8 * number, {"nelem": 6, "stride": 512, "operand1": number})
+    for number in range(50)
+]
+
+
+async def test_stores_in_a_storm() -> None:
+    """A store into every page, fifty times."""
+    await check_in_a_storm(STORES, "poll", 0)
+
+
+async def test_the_storm_finds_the_mutant() -> None:
+    """Which would not pass that."""
+    with pytest.raises((GruInvariantViolated, ExceptionGroup)):
+        await check_in_a_storm(STORES, "poll", 0, DeafGru)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -21,11 +21,12 @@ from mmunotify_gru import Exop, Gru, GruChecker, GruDriver
 from mmunotify_gru.errors import ContextClosed
 from mmunotify_gru.hardware.chiplet import Chiplet
 from mmunotify_gru.hardware.tfh import Tfh
+from slow_primary import SlowPrimary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from mmunotify import Primary, Translation
+    from mmunotify import Primary
 
     Scenario = Callable[[], Coroutine[Any, Any, Any]]
 
@@ -44,27 +45,12 @@ def _plain_locks() -> Iterator[None]:
         yield
 
 
-class Slow:
-    """A primary whose answers to `fault_in` are on the way for a step (GUP sleeps)."""
-
-    def __init__(self, primary: Primary) -> None:
-        self._primary = primary
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._primary, name)
-
-    async def fault_in(self, address: int, *, write: bool = False) -> Translation:
-        found = await self._primary.fault_in(address, write=write)
-        await checkpoint()
-        return found
-
-
 class SlowDriver(GruDriver):
     """A driver over such a primary."""
 
     def attach(self, primary: Primary | None) -> None:
         assert primary is not None
-        super().attach(Slow(primary))
+        super().attach(SlowPrimary(primary))
 
 
 class SlowGru(Gru):
