@@ -59,10 +59,10 @@ class _Main:
 
     host = cancel_scope = None
 
-    def finished(self, task: Task, result: Any, error: BaseException | None) -> None:
+    def finished(self, task: Task, error: BaseException | None) -> None:
         execution = running.execution
-        execution.error = task.end(result, error)
-        execution.result = result
+        execution.error = error
+        execution.result = task.result
 
 
 _main: Final = _Main()
@@ -71,35 +71,32 @@ _main: Final = _Main()
 class Execution:
     """Runs a scenario once, by the choices of `path`, to which it adds what comes after them."""
 
-    __slots__ = (
-        "_broken",
-        "attended",
-        "cancelling",
-        "checks",
-        "current",
-        "error",
-        "faults",
-        "footprint",
-        "idlers",
-        "loud",
-        "now",
-        "path",
-        "progress",
-        "quiet_since",
-        "result",
-        "runnable",
-        "serial",
-        "settings",
-        "steps",
-        "targets",
-        "tasks",
-        "timers",
-        "tired",
-        "unfair",
-    )
-
     current: Task
     """The task whose step it is, or was last."""
+
+    # What few executions change is an attribute of the class until they do: it is made too often.
+    idlers: Sequence[Task] = ()
+    """Tasks that wait until no other can run."""
+    now = 0.0
+    """The virtual clock (s)."""
+    serial = 0
+    """Numbers timers and events."""
+    targets: Sequence[Task] = ()
+    """Tasks that may be cancelled wherever they are suspended."""
+    unfair = False
+    """Whether a task ran so long that others had to run first."""
+    progress = False
+    """Whether `loud` was looked at and true."""
+    quiet_since = 0
+    footprint: Footprint | None = None
+    """What the step says that it touches; None is everything."""
+    faults: dict[str, int] | None = None
+    """How many more calls of each fault point may fail."""
+    result: Any = None
+    """What the scenario has returned."""
+    error: BaseException | None = None
+    """What it has raised."""
+    _broken: BaseException | None = None
 
     def __init__(self, settings: Settings, path: Path) -> None:
         self.settings = settings
@@ -108,39 +105,17 @@ class Execution:
         self.tasks: list[Task] = []
         self.runnable: list[Task] = []
         """In front the task that ran last, if it can go on; the others as they became able to."""
-        self.idlers: Sequence[Task] = ()
-        """Tasks that wait until no other can run."""
-        self.now = 0.0
-        """The virtual clock (s)."""
         self.timers: list[tuple[float, int, Task | CancelScope]] = []
-        self.serial = 0
-        """Numbers timers and events."""
         self.cancelling = False
         """Whether any scope has been cancelled."""
-        self.targets: Sequence[Task] = ()
-        """Tasks that may be cancelled wherever they are suspended."""
         self.tired: Sequence[Task] = ()
         """Tasks that ran so long that others have to run first."""
-        self.unfair = False
-        """Whether there have been such."""
         self.loud = False
         """Whether anybody was woken, started or finished since this was looked at."""
-        self.progress = False
-        """Whether it was looked at and true."""
-        self.quiet_since = 0
-        self.footprint: Footprint | None = None
-        """What the step says that it touches; None is everything."""
-        self.faults: dict[str, int] | None = None
-        """How many more calls of each fault point may fail."""
         self.checks = settings.checks
         """Called after every step; to raise or to return False is a failure."""
-        self.attended = settings.watcher is not None or bool(settings.checks)
+        self.attended = settings.attended
         """Whether anybody looks at what each step did."""
-        self.result: Any = None
-        """What the scenario has returned."""
-        self.error: BaseException | None = None
-        """What it has raised."""
-        self._broken: BaseException | None = None
 
     def run(self, scenario: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """What `scenario` returns.
@@ -185,7 +160,11 @@ class Execution:
                         index = self._choice(ready, ready if goes_on else 0, choose)
                     if index:
                         switched = self.steps
-                        task = self.current = self._to_front(index)
+                        try:
+                            task = self.current = runnable.pop(index)
+                        except IndexError:
+                            raise self._diverged(index, ready) from None
+                        runnable.insert(0, task)
                     elif not goes_on:
                         task = self.current = runnable[0]
                 elif not goes_on:
@@ -208,7 +187,7 @@ class Execution:
                     goes_on = False
                     task.state = DONE
                     self.loud = True
-                    task.owner.finished(task, stop.value, None)
+                    task.owner.finished(task, task.end(stop.value, None))
                 except (KeyboardInterrupt, SystemExit):
                     raise
                 except BaseException as error:
@@ -216,7 +195,7 @@ class Execution:
                     goes_on = False
                     task.state = DONE
                     self.loud = True
-                    task.owner.finished(task, None, error)
+                    task.owner.finished(task, task.end(None, error))
                 else:
                     task.state = state
                     if state is PAUSED:
@@ -236,14 +215,6 @@ class Execution:
             begin += settings.fairness
             hogged = goes_on and switched < begin - settings.fairness
             special = self._look_around(begin, task if hogged else None)
-
-    def _to_front(self, index: int) -> Task:
-        runnable = self.runnable
-        if index >= len(runnable):
-            raise self._diverged(index, len(runnable))
-        task = runnable.pop(index)
-        runnable.insert(0, task)
-        return task
 
     def _choice(self, width: int, costly: int, ask: Callable[[int], int] | None) -> int:
         """Which of `width` options is taken: what the path says, or else what `ask` says."""

@@ -183,7 +183,8 @@ class Search:
                 raise TypeError(
                     f"the scenario returned {outcome!r}; outcomes are counted, and so hashable"
                 ) from None
-        strategy.ended(execution)
+        if strategy.ended is not None:
+            strategy.ended(execution)
         found.schedules += 1
         found.states += len(path.taken) - repeated + 1
         found.steps += execution.steps

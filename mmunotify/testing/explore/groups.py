@@ -141,15 +141,10 @@ class TaskGroup(AbstractTaskGroup):
         coro.close()
         raise RuntimeError(_NOT_ACTIVE)
 
-    def finished(self, task: Task, result: Any, error: BaseException | None) -> None:
+    def finished(self, task: Task, error: BaseException | None) -> None:
         """A task of it has ended."""
-        error = task.end(result, error)
         if error is not None:
             self.fail(error)
-        self.left()
-
-    def left(self) -> None:
-        """There is one task less."""
         self._children -= 1
         if self._waiting and not self._children:
             assert self.host is not None
@@ -220,18 +215,15 @@ class _Start(AbstractTaskStatus[Any]):
                 yield execution.pin(self)
             raise
 
-    def finished(self, task: Task, result: Any, error: BaseException | None) -> None:
+    def finished(self, task: Task, error: BaseException | None) -> None:
         """The task has ended, before it had started or after."""
-        error = task.end(result, error)
         if self.pending:
-            self.pending = False
             self.error = error or RuntimeError("Child exited without calling task_status.started()")
+        if self.pending or self._abandoned:
+            self.pending = False
             running.execution.wake(self._caller)
-        elif self._abandoned:
-            running.execution.wake(self._caller)
-        elif error is not None:
-            self._group.fail(error)
-        self._group.left()
+            error = None
+        self._group.finished(task, error)
 
 
 def _native(func: Callable[..., object], coro: Any) -> Coroutine[Any, Any, Any]:

@@ -60,8 +60,14 @@ class Settings:
     checks: Sequence[Callable[[], object]] = ()
     """Called after every step; to raise or to return False is a failure."""
     watcher: Watcher | None = None
+    attended: bool = attrs.field(init=False)
+    """Whether anybody looks at what each step did."""
     special: bool = attrs.field(init=False)
     """Whether there is more to do at a choice than to take one of all that can run."""
+
+    @attended.default
+    def _attended(self) -> bool:
+        return self.watcher is not None or bool(self.checks)
 
     @special.default
     def _special(self) -> bool:

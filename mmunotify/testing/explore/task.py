@@ -27,8 +27,8 @@ class Owner(Protocol):
     def cancel_scope(self) -> CancelScope | None:
         """The scope around the task."""
 
-    def finished(self, task: Task, result: Any, error: BaseException | None) -> None:
-        """The task has returned `result` or raised `error`."""
+    def finished(self, task: Task, error: BaseException | None) -> None:
+        """The task has ended; with `error`, if it left one."""
 
 
 class Task(Handle):

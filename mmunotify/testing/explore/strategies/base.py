@@ -27,6 +27,8 @@ class Strategy:
     """Runs the exploration itself, by `search.attempt(path)`, in place of `begin`."""
     interrupt: BaseException | None = None
     """What its `choose` has raised that is nobody's failure."""
+    ended: Callable[[Execution], None] | None = None
+    """Is told of an execution that is over, however it went."""
     shrinks = True
     """Whether a failing schedule may be made simpler."""
 
@@ -38,6 +40,3 @@ class Strategy:
     def begin(self, path: Path) -> bool:
         """Prepare `path`, which has the choices of the latest execution; False ends it all."""
         raise NotImplementedError
-
-    def ended(self, execution: Execution) -> None:
-        """An execution is over, however it went."""
