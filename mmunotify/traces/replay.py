@@ -20,11 +20,11 @@ from mmunotify.errors import BadAddress, MmError
 from mmunotify.model.machine import Machine
 from mmunotify.model.vma import find_vma
 
-from .calls import ERRORS, WRITERS, Calls
+from .calls import ERRORS, EXECS, WRITERS, Calls
 from .matching import Matches, Span, Witness
 from .meters import Meter
 from .rows import COPIED, OPEN, RECLAIM, rows
-from .tasks import CLONE_FILES, CLONE_VM, CODE_WRITE, Fault, Space, Task
+from .tasks import CLONE_FILES, CLONE_THREAD, CLONE_VM, CODE_WRITE, Fault, Space, Task
 from .touching import Draws, Toucher, Touching
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ class Replay:
         self._spaces: Final[list[Space]] = []
         self._by_id: Final[dict[int, Space]] = {}
         self._introduced: Final[dict[int, int]] = {}
+        self._executing: Final[dict[int, Task]] = {}
+        """Threads inside execve that are not their group's leader, by the leader's number."""
         self._names = 0
 
     @property
@@ -224,6 +226,8 @@ class Replay:
                 await self._leave(task, a)
             elif kind == "o":
                 await self._mapped(task, texts[event])  # type: ignore[arg-type]
+            elif kind == "x":
+                await self._executed(task)
             elif kind == "g":
                 await self._guest_fault(task, a, b)
             elif kind == "n":
@@ -325,9 +329,9 @@ class Replay:
         """The kernel counted pages of an address space that is not the task's own."""
         if task.reclaimed is not None:
             await self._reclaim(task, self._by_id.get(identity))
-        elif task.call is not None and not (task.call.name == "execve" and member != _ANON):
+        elif task.call is not None and not (task.call.name in EXECS and member != _ANON):
             # The child's of a fork; of an execve the new one, which is counted first.
-            if task.call.name == "execve":
+            if task.call.name in EXECS:
                 self._introduced.setdefault(task.tid, identity)
             else:
                 self._introduced[task.tid] = identity
@@ -390,6 +394,8 @@ class Replay:
 
     def _enter(self, task: Task, call: Call) -> None:
         task.call = call
+        if call.name in EXECS and task.leader != task.tid:
+            self._executing[task.leader] = task
         task.mapping = None
         task.kernel, task.model = [], []
         if task.space is not None and call.name in WRITERS:
@@ -398,6 +404,7 @@ class Replay:
     async def _leave(self, task: Task, result: int) -> None:
         call, space = task.call, task.space
         task.call = None
+        self._executing.pop(task.leader, None)
         if call is None:
             # The clone that made the task returns in it, too.
             return
@@ -406,10 +413,10 @@ class Replay:
             return
         refused = None
         try:
-            await self._calls.do(task, call.name, call.args, result)
+            done = await self._calls.do(task, call.name, call.args, result)
         except MmError as error:
-            refused = error
-        if (refused is not None) != (result >= ERRORS) and call.name in _CHECKED:
+            done, refused = True, error
+        if done and (refused is not None) != (result >= ERRORS):
             self._differs(call, result, refused)
         task.model += self._told()
         if call.name in WRITERS:
@@ -439,9 +446,9 @@ class Replay:
             self.unexplained[f"{call.name}({words}): {refused}"] += 1
 
     async def _mapped(self, task: Task, mapping: Mapping) -> None:
+        task = self._leading(task)
         task.mapping = mapping
-        call = task.call
-        if call is None or call.name != "execve" or task.space is None:
+        if task.call is None or task.call.name not in EXECS or task.space is None:
             return
         if not task.replacing:
             await self._replace(task)
@@ -452,6 +459,21 @@ class Replay:
         self._heard.clear()
 
     # ------------------------------------------------------------------ processes
+
+    async def _executed(self, task: Task) -> None:
+        task = self._leading(task)
+        if task.call is not None and task.space is not None and not task.replacing:
+            await self._replace(task)
+
+    def _leading(self, task: Task) -> Task:
+        """The task itself, or the thread that execve has made the leader, number and all."""
+        if task.call is not None or task.tid not in self._executing:
+            return task
+        heir = self._executing.pop(task.tid)
+        del self._tasks[heir.tid]
+        heir.tid = task.tid
+        self._tasks[task.tid] = heir
+        return heir
 
     async def _replace(self, task: Task) -> None:
         """execve is past the point of no return: the first mapping of the new program appears."""
@@ -486,7 +508,8 @@ class Replay:
             if identity is not None:
                 self._by_id[identity] = born
             await self._let_go(space)
-        self._tasks[child] = Task(child, born, files)
+        leader = task.leader if flags & CLONE_THREAD else child
+        self._tasks[child] = Task(child, born, files, leader)
 
     async def _exit(self, task: Task) -> None:
         space = task.space
@@ -528,15 +551,6 @@ class Replay:
     def _name(self, tid: int) -> str:
         self._names += 1
         return f"{self.recording.name}.{tid}"
-
-
-_CHECKED: Final = frozenset(
-    (
-        *("mmap", "munmap", "mprotect", "mremap", "madvise", "brk", "mlock", "munlock", "msync"),
-        *("ftruncate", "fallocate", "shmat", "shmdt", "fsync", "fdatasync"),
-    )
-)
-"""Calls whose failure, here or there, is compared."""
 
 
 def _at(fault: Fault, start: int, end: int) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 CLONE_VM: Final = 0x100
 CLONE_FILES: Final = 0x400
+CLONE_THREAD: Final = 0x10000
 CODE_PRESENT: Final = 1
 CODE_WRITE: Final = 2
 _PROTECTED: Final = CODE_PRESENT | CODE_WRITE
@@ -64,9 +65,16 @@ class Fault:
 
 @attrs.define(eq=False)
 class OpenFile:
-    """What a descriptor refers to; which file that is, is known when it has been mapped."""
+    """What descriptors refer to; which file that is, is known when it has been mapped."""
 
     file: File | None = None
+
+
+@attrs.define(eq=False)
+class Descriptor:
+    """One number of a descriptor table."""
+
+    open: OpenFile
     close_on_exec: bool = False
 
 
@@ -77,7 +85,9 @@ class Task:
     tid: int
     space: Space | None
     """None for a task of the kernel, and for what is not in the recorded tree."""
-    files: dict[int, OpenFile]
+    files: dict[int, Descriptor]
+    leader: int = attrs.field(default=attrs.Factory(lambda task: task.tid, takes_self=True))
+    """The task whose number the whole group has."""
     call: Call | None = None
     """The system call that it is in."""
     mapping: Mapping | None = None

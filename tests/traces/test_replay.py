@@ -287,3 +287,69 @@ def test_impossible_designs_say_why() -> None:
     assert "under spinlocks" in (Design(sleepable, SpinLocks, "range").impossible() or "")
     assert "page is told under" in (Design(sleepable, RwSems, "page").impossible() or "")
     assert Design((Choice("a", AtomicDriver, AtomicTlb),), SpinLocks, "page").impossible() is None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        f"mmap 0 8000 3 22 ffffffff 0\n1 < 7 mmap {2**64 - 12:x}",
+        f"mmap {BASE:x} 8000 3 100022 ffffffff 0\n1 < 7 mmap {2**64 - 17:x}",
+        f"mprotect {BASE:x} 1000 7\n1 < 7 mprotect {2**64 - 13:x}",
+        f"madvise {BASE:x} 1000 dead\n1 < 7 madvise {2**64 - 22:x}",
+        f"madvise {BASE:x} 1000 19\n1 < 7 madvise {2**64 - 22:x}",
+        f"mlock {BASE:x} 1000\n1 < 7 mlock {2**64 - 1:x}",
+        f"mremap {BASE:x} 8000 10000 0\n1 < 7 mremap {2**64 - 12:x}",
+        f"ftruncate 0 5\n1 < 7 ftruncate {2**64 - 22:x}",
+        f"fallocate 5 0 0 5\n1 < 7 fallocate {2**64 - 95:x}",
+        f"fsync 1\n1 < 7 fsync {2**64 - 22:x}",
+        f"shmat 3 0 0\n1 < 7 shmat {2**64 - 22:x}",
+    ],
+)
+async def test_what_the_kernel_refused_leaves_everything(tmp_path: Path, call: str) -> None:
+    text = START + mapped() + f"1 > 7 {call}\n1 > 7 munmap {BASE:x} 8000\n"
+    text += f"1 u 7 {BASE:x} {BASE + 0x8000:x}\n1 < 7 munmap 0\n"
+    assert await counts(replay(tmp_path, text)) == (1, 1, 0)
+
+
+async def test_mapping_that_was_made_and_taken_back_is_announced(tmp_path: Path) -> None:
+    """mmap with huge pages of which there are not enough."""
+    text = START + "1 > 7 mmap 0 400000 3 40021 ffffffff 0\n"
+    text += f"1 u 7 {BASE:x} {BASE + 0x400000:x}\n1 < 7 mmap {2**64 - 12:x}\n"
+    found = replay(tmp_path, text)
+    assert await counts(found) == (1, 1, 0)
+
+
+async def test_descriptors_are_shared_by_dup_and_gone_after_close(tmp_path: Path) -> None:
+    """Which file it is, is known from the mapping; truncating the other descriptor is told, too."""
+    text = START + "1 > 7 openat 1 2 3\n1 < 7 openat 3\n1 > 7 dup 3\n1 < 7 dup 4\n"
+    text += f"1 > 7 mmap 0 4000 3 1 3 0\n1 o 7 {BASE:x} {BASE + 0x4000:x} rw-s 0 12 /tmp/db\n"
+    text += f"1 < 7 mmap {BASE:x}\n1 f 7 {BASE + 0x3000:x} 99 6\n1 > 7 close 3\n1 < 7 close 0\n"
+    text += "1 > 7 ftruncate 3 0\n1 < 7 ftruncate 0\n1 > 7 ftruncate 4 1000\n"
+    text += 2 * f"1 u 7 {BASE + 0x1000:x} {BASE + 0x4000:x}\n"
+    assert await counts(replay(tmp_path, text + "1 < 7 ftruncate 0\n")) == (2, 2, 0)
+
+
+async def test_file_truncated_by_its_path_is_known_from_what_was_announced(tmp_path: Path) -> None:
+    text = START + "1 > 7 openat 1 2 3\n1 < 7 openat 3\n"
+    text += f"1 > 7 mmap 0 4000 3 1 3 0\n1 o 7 {BASE:x} {BASE + 0x4000:x} rw-s 0 12 /tmp/db\n"
+    text += f"1 < 7 mmap {BASE:x}\n1 f 7 {BASE + 0x3000:x} 99 6\n1 > 7 truncate 99 1000\n"
+    text += 2 * f"1 u 7 {BASE + 0x1000:x} {BASE + 0x4000:x}\n"
+    assert await counts(replay(tmp_path, text + "1 < 7 truncate 0\n")) == (2, 2, 0)
+
+
+async def test_thread_that_executes_a_program_becomes_the_leader(tmp_path: Path) -> None:
+    text = START + mapped() + "1 > 7 clone3 1 58\n1 n 7 9 3d0f00\n1 < 7 clone3 9\n"
+    text += "1 > 9 execve \n1 e 7\n1 o 7 7ffd00000000 7ffd00021000 rw-p 0 0 [stack]\n"
+    text += "1 x 7 other\n1 < 7 execve 0\n1 v 7 S 7ffd00000000 7ffd00021000 rw-p 0 0 [stack]\n"
+    text += mapped() + f"1 > 7 munmap {BASE:x} 8000\n1 u 7 {BASE:x} {BASE + 0x8000:x}\n"
+    found = replay(tmp_path, text + "1 < 7 munmap 0\n1 e 7\n")
+    assert await counts(found) == (1, 1, 0)
+    assert found.signals == 0
+
+
+async def test_number_of_a_task_can_be_used_again(tmp_path: Path) -> None:
+    told = (DATA_FORKED, STACK_FORKED)
+    text = START + mapped() + forked(announced=told) + "1 e 8\n" + forked(announced=told)
+    text += f"1 v 8 F {BASE:x} {BASE + 0x8000:x} rw-p 0 0 \n1 > 8 munmap {BASE:x} 8000\n"
+    text += f"1 u 8 {BASE:x} {BASE + 0x8000:x}\n1 < 8 munmap 0\n1 e 8\n"
+    assert await counts(replay(tmp_path, text)) == (5, 5, 0)
