@@ -47,6 +47,11 @@ app.command(
     help="Replay recorded programs into the software model, and print what a driver was told.",
 )
 app.command(
+    "mmunotify.cli.trace:app",
+    name="trace",
+    help="Show what is in a recording, cut it, or make one of what strace or perf has written.",
+)
+app.command(
     "mmunotify.cli.compare:compare",
     name="compare",
     help="Replay one recorded program in several designs, and print what each costs.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from mmunotify.errors import RecorderError
 from mmunotify.traces.record import residue
+from mmunotify.traces.record.fallback import PRICE, record_with_strace
 from mmunotify.traces.record.means import kernel_route
 from mmunotify.traces.record.recorder import Recorder
 from mmunotify.traces.record.tracefs import TraceFs
@@ -19,6 +21,7 @@ from mmunotify.traces.record.tracefs import TraceFs
 if TYPE_CHECKING:
     from rich.status import Status
 
+    from mmunotify.traces.record.means import Means
     from mmunotify.traces.record.recorder import Outcome, Progress
 
 
@@ -59,20 +62,32 @@ def record(
     if output is None:
         raise RecorderError("expected -o FILE: where to write the recording")
     console = Console(stderr=True)
+    counters = console.status("starting")
     with ExitStack() as stack:
-        means = kernel_route(stack, _say)
-        for pid in residue.recorders(means.tracefs.instances()):
-            _say(f"process {pid} is recording too: each slows the other down")
-        if any(residue.orphans(means.tracefs)):
-            _say("a recorder was killed: `mmunotify record --cleanup` removes what it has left")
-        counters = console.status("starting")
-        shown = not quiet and console.is_terminal
-        if shown:
+        means = _means(stack)
+        if console.is_terminal and not quiet:
             stack.enter_context(counters)
-        recorder = Recorder(command, output, means, lambda now: _show(counters, now))
-        outcome = recorder.record(buffer_mib=buffer)
+        show = partial(_show, counters)
+        if means is None:
+            outcome = record_with_strace(command, output, show)
+        else:
+            outcome = Recorder(command, output, means, show).record(buffer_mib=buffer)
     _sum_up(output, outcome)
     return outcome.status
+
+
+def _means(stack: ExitStack) -> Means | None:
+    """What the kernel offers, and a line for what it does not; None: nothing."""
+    try:
+        means = kernel_route(stack, _say)
+    except RecorderError as error:
+        _say(f"{error}: {PRICE}")
+        return None
+    for pid in residue.recorders(means.tracefs.instances()):
+        _say(f"process {pid} is recording too: each slows the other down")
+    if any(residue.orphans(means.tracefs)):
+        _say("a recorder was killed: `mmunotify record --cleanup` removes what it has left")
+    return means
 
 
 def _say(line: str) -> None:
@@ -80,9 +95,8 @@ def _say(line: str) -> None:
 
 
 def _show(counters: Status, now: Progress) -> None:
-    counts = [f"{now.events[0]:,} events"]
-    if len(now.events) > 1:
-        counts.append(f"{now.events[1]:,} announcements and counters")
+    names = ("events", "announcements and counters")
+    counts = [f"{count:,} {name}" for count, name in zip(now.events, names, strict=False)]
     counts.append(f"{now.copied >> 20:,} MiB")
     counts.append(f"{now.lost:,} lost")
     if now.written is not None:

@@ -255,3 +255,21 @@ def test_programs_of_other_users_are_observed(tmp_path: Path) -> None:
     assert header(path)["unobserved"] == []
     assert len({words[0] for words in lines(path, "v") if words[1] == "S"}) == 1
     assert sum(words[-1].startswith("anon_inode:kvm-vcpu") for words in lines(path, "o")) == 2
+
+
+@needs("strace")
+def test_without_the_kernels_help_strace_records_system_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sh.mmt"
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert record_command("sh", "-c", "true | true; exit 3", output=path) == 3
+    said = capsys.readouterr().err
+    assert "not root: recorded with strace: system calls only, no page faults" in said
+    assert f"{path}: " in said
+    first = header(path)
+    assert (first["by"], first["vm"], first["status"]) == ("strace", False, 3)
+    assert len(lines(path, "n")) == len(lines(path, "e")) - 1 == 2
+    found = replayed(path)
+    assert found["events"] == first["events"]
+    assert found["kernel_announcements"] == 0

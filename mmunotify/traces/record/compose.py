@@ -33,16 +33,23 @@ _PLACERS: Final = {"mmap": 1, "mremap": 2}
 
 
 class Composer:
-    """One recording being put together; `began` is the time that the first line counts from."""
+    """One recording being put together.
 
-    def __init__(self, writer: RecordingWriter, root: int, began: int) -> None:
+    `began` is the time that the first line counts from; `started`: the root's execve is past, and
+    everything counts.
+    """
+
+    def __init__(
+        self, writer: RecordingWriter, root: int, began: int, *, started: bool = False
+    ) -> None:
         self._writer = writer
-        self._micros = began // 1000
+        self.micros = began // 1000
+        """When the last line was."""
         self._root = root
         self.tree: Final = Tree(root)
         self.foreign = 0
         """Announcements in the kernel's trace that were about somebody else's memory."""
-        self._started = False
+        self._started = started
         self._entries: list[tuple[int, str] | None] = []
         self._calls: Final[dict[int, tuple[str, list[int]]]] = {}
         self._programs: Final[dict[int, str]] = {}
@@ -93,13 +100,13 @@ class Composer:
 
     def _flush(self) -> None:
         lines = []
-        micros = self._micros
+        micros = self.micros
         for entry in self._entries:
             if entry is not None:
                 now = max(entry[0], micros)
                 lines.append(f"{now - micros} {entry[1]}")
                 micros = now
-        self._micros = micros
+        self.micros = micros
         self._entries = []
         self._writer.write(lines)
 

@@ -106,7 +106,7 @@ class Recorder:
         signal while it is written.
         """
         find(self._words[0])
-        with no_room(self._path), ExitStack() as files, _noting(self._signals):
+        with no_room(self._path), ExitStack() as files, noting(self._signals):
 
             def spool() -> BinaryIO:
                 return files.enter_context(scratch(self._path))
@@ -161,16 +161,10 @@ class Recorder:
         """Until nothing runs any more, or somebody insists that the recording ends."""
         lender = self._means.lender
         listening = [lender] if lender is not None else []
-        deadline = math.inf
-        while command.reap():
+        ended = stopped(command, self._signals)
+        while command.reap() and not ended():
             capture.drain()
             now = time.monotonic()
-            if len(self._signals) > 1 or now >= deadline:
-                return
-            if self._signals and deadline == math.inf:
-                deadline = now + _GRACE_SECONDS
-                if not _from_terminal(self._signals[0]):
-                    command.signal(self._signals[0])
             if now >= self._due:
                 self._due = now + _SHOW_SECONDS
                 self._show(self._progress(capture, began))
@@ -238,7 +232,7 @@ class Recorder:
 
 
 @contextmanager
-def _noting(seen: list[int]) -> Iterator[None]:
+def noting(seen: list[int]) -> Iterator[None]:
     """Signals that are meant to end the recording are noted as they come."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
@@ -278,6 +272,25 @@ def _environment(means: Means, directory: Path | None) -> dict[str, str]:
     environment[shim.MAPS] = str(maps)
     environment[shim.KVM] = means.lender.name
     return environment
+
+
+def stopped(command: Command, seen: list[int]) -> Callable[[], bool]:
+    """Whether a recording has to end before its command: ask again and again.
+
+    The first signal is the command's, who has some time to end. The second one is for us.
+    """
+    deadline = math.inf
+
+    def ask() -> bool:
+        nonlocal deadline
+        now = time.monotonic()
+        if seen and deadline == math.inf:
+            deadline = now + _GRACE_SECONDS
+            if not _from_terminal(seen[0]):
+                command.signal(seen[0])
+        return len(seen) > 1 or now >= deadline
+
+    return ask
 
 
 def _from_terminal(number: int) -> bool:

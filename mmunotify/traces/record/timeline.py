@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
     from .ringbuffer import Bytes, Indices, Records, Words
+    from .sideband import Mapped
     from .tracefs import EventFormat, PageFormat
 
     Row: TypeAlias = tuple[int, str, int, list[int], str | None]
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 _PAGES: Final = 1 << 10
 """How many pages of a ring are decoded together."""
 _CHUNK: Final = 1 << 18
-_COLUMNS: Final = 7
+COLUMNS: Final = 7
+"""How many numbers an event has at most."""
 _BYTES: Final = {"pid": 4, "mm_id": 4, "member": 4}
 """Fields that are not of 64 bits."""
 
@@ -100,9 +102,14 @@ def told(entries: Iterable[tuple[int, str, int, str]]) -> Events:
         np.array([entry[0] for entry in ordered], np.uint64),
         np.frombuffer("".join(entry[1] for entry in ordered).encode(), np.uint8),
         np.array([entry[2] for entry in ordered], np.int64),
-        np.zeros((len(ordered), _COLUMNS), np.uint64),
+        np.zeros((len(ordered), COLUMNS), np.uint64),
         {index: entry[3] for index, entry in enumerate(ordered)},
     )
+
+
+def mapped_text(one: Mapped) -> str:
+    """A mapping as the fields of a line."""
+    return f"{one.start:x} {one.end:x} {one.prot} {one.offset:x} {one.inode} {one.path}"
 
 
 def side_band(spool: BinaryIO, lost: Callable[[int], object]) -> Iterator[Events]:
@@ -114,15 +121,7 @@ def side_band(spool: BinaryIO, lost: Callable[[int], object]) -> Iterator[Events
         mapped, missing, used = parse(rest)
         lost(missing)
         rest = rest[used:]
-        yield told(
-            (
-                one.time,
-                "o",
-                one.tid,
-                f"{one.start:x} {one.end:x} {one.prot} {one.offset:x} {one.inode} {one.path}",
-            )
-            for one in mapped
-        )
+        yield told((one.time, "o", one.tid, mapped_text(one)) for one in mapped)
 
 
 def ring(spool: BinaryIO, page: PageFormat, formats: Mapping[str, EventFormat]) -> Iterator[Events]:
@@ -137,7 +136,7 @@ def _events(records: Records, kinds: Mapping[int, tuple[Kind, EventFormat]]) -> 
     every = np.arange(len(records))
     numbers = records.u32(0, every) & np.uint64(0xFFFF)
     letters = np.zeros(len(records), np.uint8)
-    values = np.zeros((len(records), _COLUMNS), np.uint64)
+    values = np.zeros((len(records), COLUMNS), np.uint64)
     texts: dict[int, str] = {}
     for number, (kind, form) in kinds.items():
         rows = np.flatnonzero(numbers == number)

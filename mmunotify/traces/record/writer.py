@@ -47,7 +47,7 @@ class RecordingWriter:
             self._body.write(text.encode(errors="surrogateescape"))
         self.events += len(lines)
 
-    def finish(self, header: Mapping[str, Any], proceed: Callable[[], None]) -> None:
+    def finish(self, header: Mapping[str, Any], proceed: Callable[[], None] = lambda: None) -> None:
         """Write the file: compressed if its name ends in .xz.
 
         `proceed` is called now and then, and may raise: then there is no file.
