@@ -22,6 +22,7 @@ from .memslots import INVALID, LOG_DIRTY_PAGES, READONLY
 from .spte import (
     ACCESSED,
     DIRTY,
+    FRAME_MASK,
     FRAME_SHIFT,
     HOST_HUGE,
     HOST_WRITABLE,
@@ -29,7 +30,6 @@ from .spte import (
     MMU_WRITABLE,
     PRESENT,
     WRITABLE,
-    make_spte,
 )
 from .tables import NR
 
@@ -69,7 +69,22 @@ async def page_fault(
         vm.on_fault(gfn, write)
     index = vm.srcu.read_lock()
     try:
-        return await _serve(vm, vcpu, gfn, write)
+        slot = vm.memslots.find(gfn)
+        decided = decide(vm, vcpu, slot, gfn, write)
+        if slot is None or decided is not None:
+            return decided or FaultResult.RETRY
+        mmu = vm.mmu
+        seq = mmu.invalidate_seq
+        found = await vm.lookup(slot.address(gfn), write)
+        with mmu.lock:
+            if mmu.retry(seq, gfn):
+                counters["retries"] += 1
+                vcpu.overtaken = (gfn, found)
+                return FaultResult.RETRY
+            if vcpu.overtaken is not None:
+                counters["false_retries"] += vcpu.overtaken == (gfn, found)
+                vcpu.overtaken = None
+            return direct_map(vm, vcpu, slot, gfn, found)
     except BadAddress:
         counters["efault"] += 1
         raise
@@ -94,37 +109,29 @@ async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = Fal
             await checkpoint()
 
 
-async def _serve(vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool) -> FaultResult:
-    slot = vm.memslots.find(gfn)
+def decide(
+    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot | None, gfn: int, write: bool
+) -> FaultResult | None:
+    """What becomes of a fault without looking anything up; None: that takes a lookup."""
+    counters = vm.counters
     if slot is None:
         vm.mmio[gfn] = vm.memslots.generation
-        vm.counters["mmio"] += 1
+        counters["mmio"] += 1
         return FaultResult.EMULATE
     if slot.flags & INVALID:
         # On its way out, with its entries still there: neither memory nor yet a device.
         return FaultResult.RETRY
-    if write and slot.flags & READONLY:
-        vm.counters["mmio"] += 1
-        return FaultResult.EMULATE
-    if write and vm.fast_page_faults and fast_page_fault(vm, vcpu, slot, gfn):
-        return FaultResult.FIXED
-    mmu = vm.mmu
-    seq = mmu.invalidate_seq
-    if mmu.covered(gfn):
-        # In vain for sure; without the lock, since the answer is only saving a lookup.
-        vm.counters["retries"] += 1
+    if write:
+        if slot.flags & READONLY:
+            counters["mmio"] += 1
+            return FaultResult.EMULATE
+        if vm.fast_page_faults and fast_page_fault(vm, vcpu, slot, gfn):
+            return FaultResult.FIXED
+    if vm.mmu.covered(gfn):
+        # A lookup would be in vain; asked without the lock, since it is only a saving.
+        counters["retries"] += 1
         return FaultResult.RETRY
-    found = await vm.lookup(slot.address(gfn), write)
-    with mmu.lock:
-        if mmu.retry(seq, gfn):
-            vm.counters["retries"] += 1
-            vcpu.overtaken = (gfn, found)
-            return FaultResult.RETRY
-        if vcpu.overtaken is not None:
-            if vcpu.overtaken == (gfn, found):
-                vm.counters["false_retries"] += 1
-            vcpu.overtaken = None
-        return direct_map(vm, vcpu, slot, gfn, found, write)
+    return None
 
 
 def fast_page_fault(vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int) -> bool:
@@ -144,40 +151,39 @@ def fast_page_fault(vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int) 
 
 
 def direct_map(
-    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, found: Translation, write: bool
+    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, found: Translation
 ) -> FaultResult:
     """Map what was found; mmu_lock is held, and nothing has suspended since `retry` was asked."""
+    counters = vm.counters
     host_writable = found.writable and not slot.flags & READONLY
-    table = slot.table
-    page = gfn - slot.base
-    if vm.huge and found.size == PMD_SIZE and can_be_huge(slot, gfn):
-        return _map_huge(vm, slot, gfn, found, host_writable, write)
-    old = table.entry(page)
-    spte = make_spte(
-        found.frame + (slot.address(gfn) - found.address >> PAGE_SHIFT),
-        writable=host_writable,
-        host_writable=host_writable,
-        prefetch=False,
-    )
+    table, page = slot.table, gfn - slot.base
+    address = slot.hva + (page << PAGE_SHIFT)
+    spte = PRESENT | ACCESSED | found.frame << FRAME_SHIFT
+    if host_writable:
+        spte |= WRITABLE | MMU_WRITABLE | HOST_WRITABLE
     if found.size == PMD_SIZE:
+        if vm.huge and can_be_huge(slot, gfn):
+            return _map_huge(vm, slot, gfn, found, spte | LARGE)
+        spte += (address - found.address >> PAGE_SHIFT) << FRAME_SHIFT
         spte |= HOST_HUGE
+    old = table.entry(page)
     if old:
-        if not old & LARGE and (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
+        if (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
             table.leaf[page] = old | ACCESSED
-            vm.counters["spurious"] += 1
+            counters["spurious"] += 1
             return FaultResult.SPURIOUS
-        if old & LARGE or (old ^ spte) >> FRAME_SHIFT & ((1 << 40) - 1):
+        if old & LARGE or (old ^ spte) & FRAME_MASK:
             vm.zap(slot, page, page + 1)
     if table.make(page, spte, found.generation):
-        vm.counters["refaults"] += 1
-    vm.counters["installed"] += 1
+        counters["refaults"] += 1
+    counters["installed"] += 1
     if host_writable and slot.flags & LOG_DIRTY_PAGES:
         vm.mark_page_dirty(vcpu, slot, page)
     if vm.on_map is not None:
         vm.on_map(gfn, host_writable, False)
     primary = vm.primary
     assert primary is not None
-    used(primary, slot.address(gfn), PAGE_SIZE, dirty=host_writable and vm.dirty_at_map)
+    used(primary, address, PAGE_SIZE, dirty=host_writable and vm.dirty_at_map)
     if vm.prefetches and not vm.mmu.invalidate_in_progress:
         _prefetch(vm, slot, primary, gfn)
     return FaultResult.FIXED
@@ -195,37 +201,28 @@ def can_be_huge(slot: MemorySlot, gfn: int) -> bool:
 
 
 def _map_huge(
-    vm: VirtualMachine,
-    slot: MemorySlot,
-    gfn: int,
-    found: Translation,
-    host_writable: bool,
-    write: bool,
+    vm: VirtualMachine, slot: MemorySlot, gfn: int, found: Translation, spte: int
 ) -> FaultResult:
-    table = slot.table
-    page = gfn - slot.base
-    block = table.block(page)
+    table, counters = slot.table, vm.counters
+    block = table.block(gfn - slot.base)
     old = table.huge[block]
-    spte = LARGE | make_spte(
-        found.frame, writable=host_writable, host_writable=host_writable, prefetch=False
-    )
-    if old & PRESENT and (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
+    if (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
         table.huge[block] = old | ACCESSED
-        vm.counters["spurious"] += 1
+        counters["spurious"] += 1
         return FaultResult.SPURIOUS
     start = table.block_start(block)
     if old & PRESENT or table.used[block]:
         vm.zap(slot, start, start + NR)
     table.make_huge(block, spte, found.generation)
-    counters = vm.counters
     counters["installed"] += NR
     counters["huge"] += 1
     if old:
         counters["refaults"] += NR
+    writable = spte & WRITABLE != 0
     if vm.on_map is not None:
-        vm.on_map(gfn, host_writable, False)
+        vm.on_map(gfn, writable, False)
     assert vm.primary is not None
-    used(vm.primary, found.address, PMD_SIZE, dirty=host_writable and vm.dirty_at_map)
+    used(vm.primary, found.address, PMD_SIZE, dirty=writable and vm.dirty_at_map)
     return FaultResult.FIXED
 
 
@@ -285,13 +282,10 @@ def _prefetch_run(
         found = translate(address)
         if found is None or not found.writable:
             break
-        spte = make_spte(
-            found.frame + (address - found.address >> PAGE_SHIFT),
-            writable=True,
-            host_writable=True,
-            prefetch=True,
-        )
+        # Not accessed yet.
+        spte = PRESENT | WRITABLE | MMU_WRITABLE | HOST_WRITABLE | found.frame << FRAME_SHIFT
         if found.size == PMD_SIZE:
+            spte += (address - found.address >> PAGE_SHIFT) << FRAME_SHIFT
             spte |= HOST_HUGE
         if table.make(gfn - slot.base, spte, found.generation):
             counters["refaults"] += 1

@@ -15,7 +15,7 @@ import attrs
 from mmunotify import ADDRESS_END, PAGE_SHIFT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from .dirty import DirtyBitmap
     from .tables import SpteTable
@@ -46,14 +46,17 @@ class MemorySlot:
     dirty: DirtyBitmap | None
     """Which pages were written; None without LOG_DIRTY_PAGES, or where rings log."""
 
-    @property
-    def end(self) -> int:
-        """The gfn after its last one."""
+    end: int = attrs.field(init=False)
+    """The gfn after its last one."""
+    hva_end: int = attrs.field(init=False)
+    """The host's address after its last byte."""
+
+    @end.default
+    def _end(self) -> int:
         return self.base + self.pages
 
-    @property
-    def hva_end(self) -> int:
-        """The host's address after its last byte."""
+    @hva_end.default
+    def _hva_end(self) -> int:
         return self.hva + (self.pages << PAGE_SHIFT)
 
     def address(self, gfn: int) -> int:
@@ -86,7 +89,7 @@ class Memslots:
         at = bisect_right(self._bases, gfn) - 1
         if at >= 0:
             slot = self._by_base[at]
-            if gfn < slot.base + slot.pages:
+            if gfn < slot.end:
                 return slot
         return None
 
@@ -95,16 +98,16 @@ class Memslots:
         found = self.overlapping(address, address + 1)
         return found[0] if found else None
 
-    def overlapping(self, start: int, end: int) -> list[MemorySlot]:
+    def overlapping(self, start: int, end: int) -> Sequence[MemorySlot]:
         """The slots whose host memory meets [start, end) in bytes, ascending."""
         hvas = self._hvas
         last = bisect_left(hvas, end)
         if not last:
-            return []
-        slot = self._by_hva[last - 1]
+            return ()
         first = bisect_left(hvas, start - self._longest, 0, last)
         if first == last - 1:
-            return [slot] if slot.hva + (slot.pages << PAGE_SHIFT) > start else []
+            slot = self._by_hva[first]
+            return (slot,) if slot.hva_end > start else ()
         return [slot for slot in self._by_hva[first:last] if slot.hva_end > start]
 
     def meeting(self, base: int, end: int, *, but: int) -> MemorySlot | None:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class MmuLock:
     """A spinlock that times itself into `counters`: `with lock:`."""
 
-    __slots__ = ("_counters", "_spin", "_taken")
+    __slots__ = ("_counters", "_lock", "_spin", "_taken", "_unlock")
 
     def __init__(self, counters: dict[str, int]) -> None:
         self._spin: Final = SpinLock("mmu_lock")
+        self._lock: Final = self._spin.__enter__
+        self._unlock: Final = self._spin.__exit__
         self._counters: Final = counters
         self._taken = 0
 
@@ -31,7 +33,7 @@ class MmuLock:
         return self._spin.locked
 
     def __enter__(self) -> None:
-        self._spin.__enter__()
+        self._lock()
         self._taken = perf_counter_ns()
 
     def __exit__(
@@ -45,4 +47,4 @@ class MmuLock:
         counters["lock_ns"] += held
         if held > counters["lock_longest_ns"]:
             counters["lock_longest_ns"] = held
-        self._spin.__exit__(kind, error, trace)
+        self._unlock(kind, error, trace)

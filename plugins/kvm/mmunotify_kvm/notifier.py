@@ -24,6 +24,8 @@ from .memslots import Memslots
 from .mmu import Mmu
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mmunotify import Primary, Range
 
     from .memslots import MemorySlot
@@ -92,7 +94,7 @@ class MmuNotifier(AtomicDriver):
                 mmu.invalidate_seq += 1
                 self._unmap(met, start, start + PAGE_SIZE)
 
-    def _unmap(self, met: list[MemorySlot], start: int, end: int) -> None:
+    def _unmap(self, met: Sequence[MemorySlot], start: int, end: int) -> None:
         mmu = self.mmu
         zapped = 0
         for slot in met:
@@ -164,11 +166,8 @@ class MmuNotifier(AtomicDriver):
         return self._age(address, address + 1, clear=False, flush=False)
 
     def _age(self, start: int, end: int, *, clear: bool, flush: bool) -> bool:
-        met = self.memslots.overlapping(start, end)
-        if not met:
-            return False
         young = False
-        for slot in met:
+        for slot in self.memslots.overlapping(start, end):
             first, last = _pages(slot, start, end)
             self.counters["aged"] += last - first
             if slot.table.age(first, last, clear=clear):

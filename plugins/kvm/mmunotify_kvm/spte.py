@@ -28,15 +28,3 @@ HOST_HUGE: Final = 1 << 59
 """A small mapping of a part of the host's 2 MiB: its generation is that of the whole."""
 ZAPPED: Final = 1 << 62
 """Not present, and once was."""
-
-
-def make_spte(frame: int, *, writable: bool, host_writable: bool, prefetch: bool) -> int:
-    """A small entry of `frame`; what is prefetched was not accessed yet."""
-    spte = PRESENT | frame << FRAME_SHIFT
-    if not prefetch:
-        spte |= ACCESSED
-    if host_writable:
-        spte |= HOST_WRITABLE
-    if writable:
-        spte |= WRITABLE | MMU_WRITABLE
-    return spte

@@ -58,7 +58,7 @@ from .tables import NR, SpteTable
 from .vcpu import VCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     import numpy.typing as npt
 
@@ -383,7 +383,7 @@ class VirtualMachine(MmuNotifier):
 
     # ------------------------------------------------------------------ the guest's memory
 
-    async def lookup(self, address: int, write: bool) -> Translation:
+    def lookup(self, address: int, write: bool) -> Awaitable[Translation]:
         """Ask the primary MMU for a page of the host; may suspend, may announce to this machine.
 
         Raises BadAddress.
@@ -392,7 +392,7 @@ class VirtualMachine(MmuNotifier):
             raise BadAddress(
                 f"{self.name} has no address space to look {address:#x} up in", address=address
             )
-        return await self.primary.fault_in(address, write=write)
+        return self.primary.fault_in(address, write=write)
 
     def note_used(self, slot: MemorySlot, gfn: int, found: Translation) -> None:
         """Tell the primary MMU that a page of it is in use, and may be written."""

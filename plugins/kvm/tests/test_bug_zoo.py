@@ -28,6 +28,7 @@ from mmunotify_kvm.vm import VirtualMachine
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
+    from mmunotify_kvm.memslots import MemorySlot
     from mmunotify_kvm.vcpu import VCpu
 
     Scenario = Callable[[], Coroutine[Any, Any, Any]]
@@ -462,18 +463,15 @@ def test_z41() -> None:
 
 def test_z41_mutant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Taken for a device, the guest's memory is gone though it never was."""
-    serve = faults._serve
+    decide = faults.decide
 
-    async def takes_it_for_a_device(
-        vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool
-    ) -> FaultResult:
-        slot = vm.memslots.find(gfn)
-        if slot is not None and slot.flags & INVALID:
-            vm.mmio[gfn] = vm.memslots.generation
-            return FaultResult.EMULATE
-        return await serve(vm, vcpu, gfn, write)
+    def takes_it_for_a_device(
+        vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot | None, gfn: int, write: bool
+    ) -> FaultResult | None:
+        known = None if slot is None or slot.flags & INVALID else slot
+        return decide(vm, vcpu, known, gfn, write)
 
-    monkeypatch.setattr(faults, "_serve", takes_it_for_a_device)
+    monkeypatch.setattr(faults, "decide", takes_it_for_a_device)
     assert "was taken for a device" in failure(guest_and_move())
 
 

@@ -160,16 +160,15 @@ async def test_overlapping_memory_regions(boot: Boot) -> None:
 async def test_add_max_memory_regions() -> None:
     """All numbers can be used, one more cannot; and all of them are found."""
     vm = VirtualMachine()
-    for number in range(0, MAX_SLOTS, 16):
+    for number in range(MAX_SLOTS):
         await vm.set_user_memory_region(number, number * PAGE, PAGE, (1 << 30) + number * PAGE)
     with pytest.raises(KvmError, match=f"expected 0 to {MAX_SLOTS - 1}"):
         await vm.set_user_memory_region(MAX_SLOTS, MAX_SLOTS * PAGE, PAGE, 1 << 40)
-    for number in range(0, MAX_SLOTS, 16):
+    for number in range(MAX_SLOTS):
         slot = vm.memslots.find(number)
         assert slot is not None
         assert slot.id == number
-        assert vm.memslots.find(number + 1) is None
-        assert vm.memslots.overlapping(slot.hva, slot.hva + 1) == [slot]
+        assert list(vm.memslots.overlapping(slot.hva, slot.hva + 1)) == [slot]
 
 
 async def test_read_only_memory_is_mmio_for_stores(boot: Boot) -> None:
