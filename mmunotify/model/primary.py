@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _READABLE: Final = f.PTE_PRESENT | f.PTE_USER
-_MEMORY: Final = np.uint64(f.PTE_PRESENT | f.PTE_SPECIAL)
+_MEMORY_BITS: Final = f.PTE_PRESENT | f.PTE_SPECIAL
 """What of an entry says that it maps a frame of memory."""
+_MEMORY: Final = np.uint64(_MEMORY_BITS)
+_IN_USE: Final = fr.PG_REFERENCED | fr.PG_ACTIVE
+"""A page that has both cannot be more in use than it is."""
 _PG_DIRTY: Final = np.uint64(fr.PG_DIRTY)
 _FEW: Final = 16
 """Up to so many pages a loop is faster than arrays."""
@@ -70,8 +73,10 @@ class ModelPrimary:
         )
 
     def translate_range(self, start: int, end: int) -> Translations:
-        """What is present in [start, end), as arrays. Never suspends, never faults."""
+        """What is present in [start, end), as arrays or lists. Never suspends, never faults."""
         mm = self.mm
+        if end - start <= _FEW << PAGE_SHIFT:
+            return self._translate_few(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT))
         pages, found = [], []
         for index in mm.pt.indices(start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)):
             low = max(index << 9, start >> PAGE_SHIFT)
@@ -99,6 +104,27 @@ class ModelPrimary:
             ((entries & np.uint64(f.PTE_RW)) != 0).astype(np.int64),
             (words >> np.uint64(fr.GEN_SHIFT)).view(np.int64),
         )
+
+    def _entries(self, first: int, last: int) -> list[int]:
+        """The entries of a few pages."""
+        pt = self.mm.pt
+        leaf = pt.leaves.get(first >> 9)
+        if leaf is None or (last - 1) >> 9 != first >> 9:
+            return [pt.get(page) for page in range(first, last)]
+        found: list[int] = leaf.pte[first & 511 : ((last - 1) & 511) + 1].tolist()
+        return found
+
+    def _translate_few(self, first: int, last: int) -> Translations:
+        word = self.mm.machine.frames.word
+        pages, frames, writable, generations = [], [], [], []
+        for page, entry in enumerate(self._entries(first, last), first):
+            if entry & _READABLE == _READABLE:
+                frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+                pages.append(page)
+                frames.append(frame)
+                writable.append(1 if entry & f.PTE_RW else 0)
+                generations.append(word[frame] >> fr.GEN_SHIFT)
+        return Translations(pages, frames, writable, generations)
 
     async def fault_in(self, address: int, *, write: bool = False) -> Translation:
         """Make `address` present, as the process's own access would; may suspend and notify.
@@ -206,12 +232,9 @@ class ModelPrimary:
         mm = self.mm
         first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
         if last - first <= _FEW:
-            word, get = mm.machine.frames.word, mm.pt.get
-            for page in range(first, last):
-                if mask is not None and not mask[page - first]:
-                    continue
-                entry = get(page)
-                if entry & (f.PTE_PRESENT | f.PTE_SPECIAL) == f.PTE_PRESENT:
+            word = mm.machine.frames.word
+            for at, entry in enumerate(self._entries(first, last)):
+                if entry & _MEMORY_BITS == f.PTE_PRESENT and (mask is None or mask[at]):
                     word[(entry & f.PFN_MASK) >> PAGE_SHIFT] |= fr.PG_DIRTY
             return
         wanted = None if mask is None else np.asarray(mask, np.bool_)
@@ -236,13 +259,14 @@ class ModelPrimary:
         first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
         mark_accessed = mm.machine.mark_accessed
         if last - first <= _FEW:
-            get = mm.pt.get
-            for page in range(first, last):
-                # Of a huge page only the first frame is on a list.
-                entry = mm.pt.huge.get(page >> 9, 0) if mm.pt.huge else 0
-                entry = entry or get(page)
-                if entry & (f.PTE_PRESENT | f.PTE_SPECIAL) == f.PTE_PRESENT:
-                    mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)
+            huge, word = mm.pt.huge, mm.machine.frames.word
+            for page, entry in enumerate(self._entries(first, last), first):
+                if entry & _MEMORY_BITS == f.PTE_PRESENT:
+                    if huge:  # of a huge page only the first frame is on a list
+                        entry = huge.get(page >> 9, entry)
+                    frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+                    if word[frame] & _IN_USE != _IN_USE:
+                        mark_accessed(frame)
             return
         for _, entry in self._huge_entries(first, last):
             mark_accessed((entry & f.PFN_MASK) >> PAGE_SHIFT)

@@ -87,8 +87,9 @@ class KvmDriver(VirtualMachine):
         fault: Callable[[int, bool], object],
         mapped: Callable[[int, bool, bool], object],
     ) -> None:
-        """Be what was recorded, a guest without huge pages, and tell of its faults and mappings."""
-        self.huge = False
+        """Be what was recorded, shadow paging with small pages, and tell of faults and mappings."""
+        self.huge = self.fast_page_faults = False
+        self.prefetches = True
         self.on_fault, self.on_map = fault, mapped
 
     async def set_memory(self, address: int | None, size: int) -> None:

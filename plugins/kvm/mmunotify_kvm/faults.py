@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 PREFETCH: Final = 8
 """Aligned pages around a fault that are mapped with it (PTE_PREFETCH_NUM)."""
+_PREFETCHED: Final = PRESENT | WRITABLE | MMU_WRITABLE | HOST_WRITABLE
 
 
 class FaultResult(enum.IntEnum):
@@ -93,20 +94,23 @@ async def page_fault(
 
 
 async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False) -> FaultResult:
-    """Page faults until one of them is not to be retried. May suspend; raises like `page_fault`.
-
-    What a section covers is waited for rather than asked for again and again.
-    """
+    """Page faults until one of them is not to be retried. May suspend; raises like `page_fault`."""
     tries = 0
-    while True:
-        result = await page_fault(vm, vcpu, gfn, write=write)
-        if result is not FaultResult.RETRY:
-            return result
+    while (result := await page_fault(vm, vcpu, gfn, write=write)) is FaultResult.RETRY:
         tries += 1
-        if vm.mmu.covered(gfn):
-            await vm.mmu.section_over()
-        elif tries > 1:
-            await checkpoint()
+        await before_retry(vm, gfn, tries)
+    return result
+
+
+async def before_retry(vm: VirtualMachine, gfn: int, tries: int) -> None:
+    """Wait for a section that covers the page, instead of asking again and again.
+
+    The first retry for other reasons is made at once: it was most often the lookup's own section.
+    """
+    if vm.mmu.covered(gfn):
+        await vm.mmu.section_over()
+    elif tries > 1:
+        await checkpoint()
 
 
 def decide(
@@ -243,9 +247,14 @@ def _prefetch(vm: VirtualMachine, slot: MemorySlot, primary: Primary, gfn: int) 
     outside of memory or runs past the end of its slot, and one that dirty logging watches.
     """
     first = gfn & -PREFETCH
+    table, page = slot.table, first - slot.base
+    if page < 0 or page + PREFETCH > slot.pages or table.pages_2m:
+        _prefetch_at_an_edge(vm, slot, primary, first)
+        return
+    leaf = table.leaf
     start = -1
-    for near, present in enumerate(_presence(vm, slot, first), first):
-        if not present:
+    for near in range(page, page + PREFETCH):
+        if not leaf[near] & PRESENT:
             if start < 0:
                 start = near
         elif start >= 0:
@@ -253,48 +262,54 @@ def _prefetch(vm: VirtualMachine, slot: MemorySlot, primary: Primary, gfn: int) 
                 return
             start = -1
     if start >= 0:
-        _prefetch_run(vm, slot, primary, start, first + PREFETCH)
+        _prefetch_run(vm, slot, primary, start, page + PREFETCH)
 
 
-def _presence(vm: VirtualMachine, slot: MemorySlot, first: int) -> list[int]:
-    """Which of the aligned pages from gfn `first` on are mapped; 0 for each that is not."""
-    table, page = slot.table, first - slot.base
-    if page >= 0 and page + PREFETCH <= slot.pages and not table.pages_2m:
-        leaf = table.leaf
-        return [leaf[at] & PRESENT for at in range(page, page + PREFETCH)]
-    found = []
-    for gfn in range(first, first + PREFETCH):
-        other = vm.memslots.find(gfn)
-        found.append(other.table.entry(gfn - other.base) if other is not None else 0)
-    return found
+def _prefetch_at_an_edge(
+    vm: VirtualMachine, slot: MemorySlot, primary: Primary, first: int
+) -> None:
+    """The same where the pages may belong to several slots, to none, or to huge mappings."""
+    start = -1
+    for gfn in range(first, first + PREFETCH + 1):
+        near = vm.memslots.find(gfn)
+        mapped = near is not None and near.table.entry(gfn - near.base) != 0
+        if gfn < first + PREFETCH and not mapped:
+            if start < 0:
+                start = gfn
+        elif start >= 0:
+            of = vm.memslots.find(start)
+            if of is None or gfn > of.end:
+                return
+            if not _prefetch_run(vm, of, primary, start - of.base, gfn - of.base):
+                return
+            start = -1
 
 
 def _prefetch_run(
-    vm: VirtualMachine, near: MemorySlot, primary: Primary, first: int, last: int
+    vm: VirtualMachine, slot: MemorySlot, primary: Primary, first: int, last: int
 ) -> bool:
-    slot = near if near.base <= first < near.end else vm.memslots.find(first)
-    if slot is None or last > slot.end or slot.flags & (LOG_DIRTY_PAGES | READONLY | INVALID):
+    """Map pages [first, last) of a slot up to the first that the host cannot write; any at all?"""
+    if slot.flags & (LOG_DIRTY_PAGES | READONLY | INVALID):
         return False
     table, counters = slot.table, vm.counters
-    translate = primary.translate
-    address = start = slot.address(first)
-    for gfn in range(first, last):
-        found = translate(address)
-        if found is None or not found.writable:
+    start = slot.hva + (first << PAGE_SHIFT)
+    found = primary.translate_range(start, slot.hva + (last << PAGE_SHIFT))
+    due = start >> PAGE_SHIFT
+    sptes: list[int] = []
+    for page, frame, writable in zip(found.pages, found.frames, found.writable, strict=True):
+        if page != due or not writable:
             break
         # Not accessed yet.
-        spte = PRESENT | WRITABLE | MMU_WRITABLE | HOST_WRITABLE | found.frame << FRAME_SHIFT
-        if found.size == PMD_SIZE:
-            spte += (address - found.address >> PAGE_SHIFT) << FRAME_SHIFT
-            spte |= HOST_HUGE
-        if table.make(gfn - slot.base, spte, found.generation):
-            counters["refaults"] += 1
-        counters["installed"] += 1
-        counters["prefetched"] += 1
-        if vm.on_map is not None:
-            vm.on_map(gfn, True, True)
-        address += PAGE_SIZE
-    if address == start:
+        sptes.append(frame << FRAME_SHIFT | _PREFETCHED)
+        due += 1
+    count = len(sptes)
+    if not count:
         return False
-    used(primary, start, address - start, dirty=vm.dirty_at_map)
+    counters["refaults"] += table.make_few(first, sptes, found.generations)
+    counters["installed"] += count
+    counters["prefetched"] += count
+    if vm.on_map is not None:
+        for page in range(first, first + count):
+            vm.on_map(slot.base + page, True, True)
+    used(primary, start, count << PAGE_SHIFT, dirty=vm.dirty_at_map)
     return True

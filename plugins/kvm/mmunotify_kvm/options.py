@@ -42,8 +42,11 @@ class KvmOptions:
     """
     vcpus: int = attrs.field(default=1, validator=_is_count)
     """Virtual CPUs, each with a TLB of its own that every zap has to flush."""
-    mmu: str = attrs.field(default="shadow", validator=in_(("shadow", "tdp")))
-    """`shadow` maps up to 8 aligned neighbours with a page; `tdp` mends write protection lock-free.
+    mmu: str = attrs.field(default="tdp", validator=in_(("tdp", "shadow")))
+    """`tdp` mends write protection lock-free; `shadow` maps up to 8 aligned neighbours with a page.
+
+    Two-dimensional paging is what hardware has today, shadow paging what it falls back to, nested
+    machines among them.
 
     Source: direct_pte_prefetch and fast_page_fault, arch/x86/kvm/mmu/mmu.c.
     """

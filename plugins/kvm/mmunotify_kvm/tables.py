@@ -29,7 +29,7 @@ from .spte import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -49,6 +49,8 @@ _DIRTY: Final = np.uint64(DIRTY)
 _WRITABLE: Final = np.uint64(WRITABLE)
 _ACCESSED: Final = np.uint64(ACCESSED)
 _ZAPPED: Final = np.uint64(ZAPPED)
+_ZAPPED_BIT: Final = ZAPPED.bit_length() - 1
+"""The highest bit of an entry that is used: what is left of one that is shifted by it."""
 
 
 class SpteTable:
@@ -143,6 +145,18 @@ class SpteTable:
         self.pages_4k += 1
         self.used[(page + self.skew) >> _NR_SHIFT] += 1
         return old & ZAPPED != 0
+
+    def make_few(self, page: int, sptes: list[int], generations: Sequence[int]) -> int:
+        """Small entries for pages in a row, of one block, that have none; how many had one once."""
+        leaf, stamps = self.leaf, self.generation
+        refaults = 0
+        for at, spte in enumerate(sptes, page):
+            refaults += leaf[at] >> _ZAPPED_BIT
+            leaf[at] = spte
+            stamps[at] = generations[at - page]
+        self.pages_4k += len(sptes)
+        self.used[(page + self.skew) >> _NR_SHIFT] += len(sptes)
+        return refaults
 
     def make_huge(self, block: int, spte: int, generation: int) -> None:
         """Put a huge entry where the block has neither one nor small ones."""

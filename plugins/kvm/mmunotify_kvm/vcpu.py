@@ -9,7 +9,7 @@ from anyio.lowlevel import checkpoint
 from mmunotify import PAGE_SHIFT, PAGE_SIZE
 
 from .errors import DirtyRingFull, MmioExit
-from .faults import FaultResult, resolve
+from .faults import FaultResult, before_retry, page_fault
 from .spte import ACCESSED, DIRTY, PRESENT, WRITABLE
 
 if TYPE_CHECKING:
@@ -118,14 +118,19 @@ class VCpu:
     async def _miss(self, address: int, size: int, data: bytes | None) -> Translation:
         gfn = address >> PAGE_SHIFT
         write = data is not None
+        tries = 0
         while True:
             if self.ring is not None and self.ring.soft_full:
                 raise DirtyRingFull(f"vCPU {self.id}: {len(self.ring)} of {self.ring.size} entries")
             found = self.walk(gfn, write=write)
             if found is not None:
                 return found
-            if await resolve(self.vm, self, gfn, write=write) is FaultResult.EMULATE:
+            result = await page_fault(self.vm, self, gfn, write=write)
+            if result is FaultResult.EMULATE:
                 raise MmioExit(address, size, data)
+            if result is FaultResult.RETRY:
+                tries += 1
+                await before_retry(self.vm, gfn, tries)
 
     def _offset(self, address: int, found: Translation) -> int:
         """Where a guest address is in a translation, which may be one of the host's 2 MiB."""

@@ -36,7 +36,7 @@ async def test_access_tracking(boot: Boot, write: bool) -> None:
     page_idle does not flush TLBs, so a use through one goes unseen: exact it cannot be, and as soon
     as memory is larger than the TLB it is nearly so.
     """
-    async with boot(PAGES, mmu="tdp", huge=False, machine={"frames": PAGES + 256}) as guest:
+    async with boot(PAGES, huge=False, machine={"frames": PAGES + 256}) as guest:
         vcpu = guest.vm.vcpus[0]
 
         async def access() -> None:
@@ -71,7 +71,7 @@ async def test_without_a_flush_a_use_through_the_tlb_goes_unseen(
 
 async def test_what_is_prefetched_is_idle(boot: Boot) -> None:
     """A neighbour that was mapped with a page has not been used."""
-    async with boot(8) as guest:
+    async with boot(8, mmu="shadow") as guest:
         await guest.mm.touch(guest.base, 8 * PAGE, write=True)
         await guest.vm.vcpus[0].load(3 * PAGE)
         assert guest.vm.pages_4k == 8

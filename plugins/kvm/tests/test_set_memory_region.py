@@ -173,7 +173,7 @@ async def test_add_max_memory_regions() -> None:
 
 async def test_read_only_memory_is_mmio_for_stores(boot: Boot) -> None:
     """A guest reads a READONLY slot like memory; its stores exit, and change nothing."""
-    async with boot(4, flags=READONLY) as guest:
+    async with boot(4, flags=READONLY, mmu="shadow") as guest:
         vcpu = guest.vm.vcpus[0]
         await guest.mm.write(guest.base, b"rom")
         assert await vcpu.load(0, 3) == b"rom"

@@ -16,7 +16,7 @@ PAGE = mn.PAGE_SIZE
 
 
 @pytest.mark.parametrize("locks", [mn.RwSems, mn.SpinLocks], ids=["rwsem", "spin"])
-@pytest.mark.parametrize("options", [{}, {"mmu": "tdp", "vcpus": 2}], ids=["shadow", "tdp"])
+@pytest.mark.parametrize("options", [{"mmu": "shadow"}, {"vcpus": 2}], ids=["shadow", "tdp"])
 @pytest.mark.parametrize("pages", [256, pytest.param(1 << 14, marks=pytest.mark.long)])
 async def test_no_stale_page_is_ever_read(
     pages: int, options: dict[str, Any], locks: type[mn.LockModel]
