@@ -34,6 +34,8 @@ class Translation:
     size: int
     """Bytes mapped: PAGE_SIZE, or PMD_SIZE for a huge page."""
     generation: int
+    since: object = attrs.field(default=None, eq=False, repr=False)
+    """By which the owner of the frames knows when it was looked up; for the text of an error."""
 
 
 @attrs.define(slots=True)

@@ -371,7 +371,8 @@ class File:
         end = min(offset + size, self.size)
         out = bytearray()
         while offset < end:
-            frame, _ = await self.page(offset >> PAGE_SHIFT)
+            index = offset >> PAGE_SHIFT
+            frame, _ = await self.page(index, self._read_ahead(index, -(-end >> PAGE_SHIFT)))
             low = offset & _PAGE_BITS
             high = min(PAGE_SIZE, low + end - offset)
             contents = data.get(frame) if data is not None else None
@@ -379,6 +380,22 @@ class File:
             self.machine.mark_accessed(frame)
             offset += high - low
         return bytes(out)
+
+    def _read_ahead(self, index: int, last: int) -> tuple[int, int]:
+        """The pages to read for a miss at `index` in a read up to `last` (page_cache_sync_ra).
+
+        From the start of the file on, or behind what has been read so far, more than was asked for.
+        """
+        count = last - index
+        before = index
+        while before and before - 1 in self.pages and index - before <= count:
+            before -= 1
+        if not index:
+            size = 1 << (count - 1).bit_length()
+            count = size * 4 if size <= _READAHEAD // 32 else min(size * 2, _READAHEAD)
+        elif index - before > count:
+            count = index - before + count
+        return index, index + count
 
     async def pwrite(self, offset: int, data: bytes) -> None:
         """Write bytes through the page cache; grows the file."""

@@ -18,7 +18,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 from . import flags as f
 from . import frames as fr
 from .fault import RETRY, fault_nowait, handle_mm_fault
-from .uaccess import account
+from .uaccess import account, expand_stack
 from .vma import Vma, find_vma, vmas_in
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ async def access_remote(mm: AddressSpace[Any], addr: int, data: bytes) -> None:
         page, low = addr >> PAGE_SHIFT, addr & (PAGE_SIZE - 1)
         part = min(len(data) - at, PAGE_SIZE - low)
         async with mm.mmap_lock.reading():
-            vma = find_vma(mm, page)
+            vma = find_vma(mm, page) or expand_stack(mm, page)
             if vma is None or not _permits(vma, write=True, force=True):
                 raise MmError(errno.EFAULT, f"access_remote({addr:#x}) in {mm.name}: not writable")
             entry = await faultin_page(mm, vma, page, write=True, force=True)

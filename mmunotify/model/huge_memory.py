@@ -224,15 +224,23 @@ async def collapse(
 ) -> None:
     """MADV_COLLAPSE: put each whole 2 MiB of anonymous memory into one folio.
 
-    EINVAL where the VMA cannot have huge pages, ENOMEM without a block of memory, EAGAIN where a
-    page is held by somebody else.
+    EINVAL where the VMA cannot have huge pages, where the range has none, and, when the rest is
+    done, where nothing is mapped; ENOMEM without a block of memory, EAGAIN where a page is held by
+    somebody else.
     """
     low, high = (first + NR - 1) & ~(NR - 1), last & ~(NR - 1)
-    if vma.file is not None or vma.flags & (f.VM_SPECIAL | f.VM_HUGETLB):
+    never = vma.file is not None or vma.flags & (f.VM_SPECIAL | f.VM_HUGETLB | f.VM_NOHUGEPAGE)
+    room = ((vma.last - NR) & ~(NR - 1)) >= vma.first
+    if never or not room or machine.thp == "never" or high <= low:
         raise MmError(errno.EINVAL, f"madvise(collapse): not for {vma!r}")
+    empty = False
     for page in range(low, high, NR):
-        if page >> 9 not in mm.pt.huge:
+        if page >> 9 in mm.pt.leaves:
             await _collapse_one(machine, mm, vma, page)
+        elif page >> 9 not in mm.pt.huge:
+            empty = True
+    if empty:
+        raise MmError(errno.EINVAL, f"madvise(collapse) in {vma!r}: part of it has no page table")
 
 
 async def _collapse_one(machine: Machine[Any], mm: AddressSpace[Any], vma: Vma, page: int) -> None:

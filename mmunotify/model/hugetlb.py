@@ -101,17 +101,14 @@ class HugeFile(File):
         self.owner = owner
         self.reserved: set[int] = set()
 
-    def reserve(self) -> None:
-        """Promise it all its pages; ENOMEM if there are too few."""
+    def reserve(self) -> bool:
+        """Promise it all its pages; False if there are too few."""
         pool, wanted = self.machine.hugetlb, self.page_end // NR
         if pool.available < wanted:
-            raise MmError(
-                errno.ENOMEM,
-                f"mmap: {wanted} huge pages wanted, {pool.available} available on "
-                f"{self.machine.name}",
-            )
+            return False
         pool.reserved += wanted
         self.reserved = set(range(0, self.page_end, NR))
+        return True
 
     def closed(self, vma: Vma) -> None:
         """A mapping goes: what it alone was promised, others may have."""

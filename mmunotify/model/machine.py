@@ -285,15 +285,9 @@ class Machine(Generic[L]):
         self.files.append(file)
         return file
 
-    def huge_file(self, size: int, owner: AddressSpace[L] | None, *, reserve: bool) -> HugeFile:
+    def huge_file(self, size: int, owner: AddressSpace[L] | None) -> HugeFile:
         """The file behind a hugetlb mapping of `size` bytes; private if it has an owner."""
         file = HugeFile(self, f"f{next(self._file_names)}", size, owner)
-        try:
-            if reserve:
-                file.reserve()
-        except MmError:
-            file.put()
-            raise
         self.files.append(file)
         return file
 

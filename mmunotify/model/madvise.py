@@ -132,10 +132,6 @@ async def _change_flags(
     no_ksm = f.VM_SHARED | f.VM_MAYSHARE | f.VM_SPECIAL | f.VM_HUGETLB
     if advice == "mergeable" and vma.flags & no_ksm:
         return
-    if advice in ("hugepage", "nohugepage") and vma.flags & (f.VM_SPECIAL | f.VM_HUGETLB):
-        if advice == "hugepage":
-            raise _refuse(vma, advice)
-        return
     if advice == "unmergeable" and vma.flags & f.VM_MERGEABLE and vma.anon_vma is not None:
         await mm.machine.ksm.unmerge(mm, vma, first, last)
     flags = vma.flags & ~clear | set_

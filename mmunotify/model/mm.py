@@ -214,12 +214,18 @@ class AddressSpace(Generic[L]):
         """The VMA that maps a page number, if any."""
         return find_vma(self, page)
 
-    def last_announcement(self, start: int, end: int) -> str:
-        """The latest announcement that met [start, end) bytes, as text; empty if none is known."""
+    def first_announcement(self, start: int, end: int, after: object) -> str:
+        """The first announcement that met [start, end) bytes, as text; empty if none is known.
+
+        Of those after `after`, the latest at that time; of all that are known if it is not there.
+        """
+        found = ""
         for rng in reversed(self.announced):
+            if rng is after:
+                break
             if rng.overlaps(start, end):
-                return repr(rng)
-        return ""
+                found = repr(rng)
+        return found
 
     def vma_start_write(self, vma: Vma) -> None:
         """Keep faults off a VMA until mmap_lock, which is held for writing, is released."""

@@ -14,6 +14,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
 
 from . import flags as f
 from . import memory
+from .hugetlb import HugeFile
 from .vma import Vma, find_vma, index_after, link, merge_new, split, unlink, vmas_in
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ async def mmap(
         if flags & f.MAP_HUGETLB and file is None:
             vm_flags |= f.VM_HUGETLB | f.VM_DONTEXPAND
             owner = None if flags & f.MAP_SHARED else mm
-            file = owned = mm.machine.huge_file(
-                count << PAGE_SHIFT, owner, reserve=not flags & f.MAP_NORESERVE
-            )
+            file = owned = mm.machine.huge_file(count << PAGE_SHIFT, owner)
         elif flags & f.MAP_SHARED and file is None:
             file = owned = mm.machine.shmem_file(count << PAGE_SHIFT)
         try:
@@ -130,6 +129,14 @@ async def _mmap_region(
         await do_munmap(mm, first, last)
     if len(mm.vmas) >= MAX_MAP_COUNT:
         raise MmError(errno.ENOMEM, f"mmap in {mm.name}: {MAX_MAP_COUNT} mappings already")
+    if isinstance(file, HugeFile) and not flags & f.VM_NORESERVE and not file.reserve():
+        async with mm.section(first, last, Event.UNMAP):
+            pass
+        raise MmError(
+            errno.ENOMEM,
+            f"mmap of {last - first} pages in {mm.name}: {mm.machine.hugetlb.available} huge pages "
+            "are available",
+        )
     if file is None:
         pgoff = first
     merged = await merge_new(mm, first, last, flags, pgoff, file)

@@ -1,21 +1,23 @@
 """`mmunotify.primary.Primary` over an address space of the model: what its drivers may ask.
 
 A translation that is used after its frame was freed raises StaleTranslation: the generation stamp
-tells, and the text, which is built only then, names the drivers that could have held it and the
-last announcement that covered it.
+tells, and the text, which is built only then, names who holds it, since when, and the announcement
+that it missed.
 
 Frames are read and written by number, as a device does it.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+import sys
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from mmunotify.drivers import Driver
 from mmunotify.errors import BadAddress, MmError, StaleTranslation
 from mmunotify.primary import Region, Translation, Translations
-from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, PMD_SIZE
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, PMD_SIZE, Range
 
 from . import flags as f
 from . import frames as fr
@@ -42,15 +44,35 @@ _PG_DIRTY: Final = np.uint64(fr.PG_DIRTY)
 _FEW: Final = 16
 """Up to so many pages a loop is faster than arrays."""
 _FAST: Final = _READABLE | f.PTE_RW
+NOTHING: Final = "nothing"
+"""What was announced last, if nothing was."""
+
+
+class Watcher(Protocol):
+    """Sees the translations of one address space from lookup to use."""
+
+    def looked_up(self, translation: Translation) -> None:
+        """A driver has been given a translation."""
+        ...
+
+    def used(self, translation: Translation) -> None:
+        """A device reads or writes through a translation."""
+        ...
+
+    def marked_young(self, start: int, end: int) -> None:
+        """A driver says itself that its device uses [start, end)."""
+        ...
 
 
 class ModelPrimary:
     """What a driver may ask; one per address space."""
 
-    __slots__ = ("mm",)
+    __slots__ = ("mm", "watcher")
 
     def __init__(self, mm: AddressSpace[Any]) -> None:
         self.mm = mm
+        self.watcher: Watcher | None = None
+        """Who sees what drivers do with translations, if somebody checks."""
 
     def translate(self, address: int) -> Translation | None:
         """The leaf that maps `address`, or None. Never suspends, never faults."""
@@ -64,13 +86,17 @@ class ModelPrimary:
             size = PMD_SIZE
             entry = mm.pt.huge[address >> PMD_SHIFT]
         frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
-        return Translation(
+        translation = Translation(
             address & -size,
             frame,
             entry & f.PTE_RW != 0,
             size,
             mm.machine.frames.word[frame] >> fr.GEN_SHIFT,
+            mm.announced[-1] if mm.announced else NOTHING,
         )
+        if self.watcher is not None:
+            self.watcher.looked_up(translation)
+        return translation
 
     def translate_range(self, start: int, end: int) -> Translations:
         """What is present in [start, end), as arrays or lists. Never suspends, never faults."""
@@ -98,6 +124,9 @@ class ModelPrimary:
         entries = np.concatenate(found)
         frames = frames_of(entries)
         words = mm.machine.frames.words[frames]
+        if self.watcher is not None:
+            for page, entry in zip(np.concatenate(pages).tolist(), entries.tolist(), strict=True):
+                self._translation(page << PAGE_SHIFT, entry)
         return _columns(
             np.concatenate(pages),
             frames,
@@ -213,18 +242,26 @@ class ModelPrimary:
     def _check(self, translation: Translation, offset: int, size: int) -> None:
         if offset < 0 or offset + size > translation.size:
             raise MmError(22, f"[{offset}, +{size}) is outside of {translation!r}")
+        if self.watcher is not None:
+            self.watcher.used(translation)
         _, generation = self.mm.machine.frames.label(translation.frame)
         if generation != translation.generation:
             raise StaleTranslation(self._story(translation, generation))
 
     def _story(self, translation: Translation, generation: int) -> str:
+        """Who holds a stale translation, since when, and the announcement that it missed."""
         mm = self.mm
-        missed = mm.last_announcement(translation.address, translation.address + translation.size)
-        told = f"the last announcement of it was {missed}" if missed else "nobody announced it"
+        since = translation.since
+        start, end = translation.address, translation.address + translation.size
+        missed = mm.first_announcement(start, end, since)
+        told = f"it missed {missed}" if missed else "nobody announced it"
+        when = f", since {since!r} was announced," if isinstance(since, Range) else ""
+        if since is NOTHING:
+            when = ", since before anything was announced,"
         return (
-            f"{translation.address:#x} of {mm.name} was translated to frame {translation.frame} in "
-            f"its generation {translation.generation}, which is now {generation}: the frame was "
-            f"freed since; {told}; registered: {mm.notifiers!r}"
+            f"{_holder()} of {mm.name} holds{when} a translation of {translation.address:#x} to "
+            f"frame {translation.frame} in its generation {translation.generation}, which is now "
+            f"{generation}: the frame was freed, and {told}; registered: {mm.notifiers!r}"
         )
 
     def set_dirty(self, start: int, end: int, mask: Sequence[int] | None = None) -> None:
@@ -255,6 +292,8 @@ class ModelPrimary:
 
     def mark_young(self, start: int, end: int) -> None:
         """Tell reclaim that the device has used these pages (mark_page_accessed)."""
+        if self.watcher is not None:
+            self.watcher.marked_young(start, end)
         mm = self.mm
         first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
         mark_accessed = mm.machine.mark_accessed
@@ -308,3 +347,14 @@ def _columns(
     """Arrays are sequences of integers, which numpy's own types do not say."""
     columns: tuple[Any, ...] = (pages, frames, writable, generations)
     return Translations(*columns)
+
+
+def _holder() -> str:
+    """The driver whose code uses a translation: the nearest caller's, if one is a driver's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Driver):
+            return type(caller).__qualname__
+    return "somebody"

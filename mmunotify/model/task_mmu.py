@@ -156,13 +156,17 @@ async def clear_refs(mm: AddressSpace[Any], value: int) -> None:
 
 
 async def pagemap_scan(
-    mm: AddressSpace[Any], start: int, end: int, wp_matching: bool = False
+    mm: AddressSpace[Any],
+    start: int,
+    end: int,
+    wp_matching: bool = False,
+    check_wpasync: bool = False,
 ) -> list[tuple[int, int]]:
     """Ranges, in bytes, of mapped pages: those written and those not, apart (PAGEMAP_SCAN).
 
     With `wp_matching` only those written since they were write-protected, which they are again, in
-    one section over the whole request; EPERM unless a userfaultfd with asynchronous write
-    protection is registered there.
+    one section over the whole request; mappings without asynchronous uffd write protection are left
+    out, or with `check_wpasync` refused (EPERM).
     """
     mm.require_alive()
     first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
@@ -170,7 +174,7 @@ async def pagemap_scan(
     ranges: list[tuple[int, int, bool]] = []
     async with mm.mmap_lock.reading():
         for vma in vmas_in(mm, first, last):
-            if wp_matching and (vma.uffd is None or not vma.uffd.async_wp):
+            if check_wpasync and not _async_wp(vma):
                 raise MmError(errno.EPERM, f"pagemap_scan: {vma!r} has no asynchronous uffd-wp")
         if not wp_matching:
             _written(mm, first, last, ranges, protect=False)
@@ -179,6 +183,10 @@ async def pagemap_scan(
                 _written(mm, first, last, ranges, protect=True)
                 mm.flush_tlb(first, last)
     return [(low << PAGE_SHIFT, high << PAGE_SHIFT) for low, high, _ in ranges]
+
+
+def _async_wp(vma: Vma) -> bool:
+    return vma.uffd is not None and vma.uffd.async_wp
 
 
 def _written(
@@ -190,6 +198,9 @@ def _written(
     protect: bool,
 ) -> None:
     for page, entry in _entries(mm, first, last):
+        vma = mm.find_vma(page)
+        if protect and (vma is None or not _async_wp(vma)):
+            continue
         written = not entry & f.PTE_UFFD_WP
         if protect and not written:
             continue

@@ -116,7 +116,7 @@ async def fault(mm: AddressSpace[Any], page: int, flags: int) -> None:
             account(mm, result)
             return
     async with mm.mmap_lock.reading():
-        vma = find_vma(mm, page) or _expand_stack(mm, page)
+        vma = find_vma(mm, page) or expand_stack(mm, page)
         if vma is None:
             raise _signal(mm, page, "SEGV", 1, "nothing is mapped there")
         if _refused(vma, flags):
@@ -155,7 +155,7 @@ def _signal(mm: AddressSpace[Any], page: int, signal: str, code: int, why: str) 
     )
 
 
-def _expand_stack(mm: AddressSpace[Any], page: int) -> Vma | None:
+def expand_stack(mm: AddressSpace[Any], page: int) -> Vma | None:
     """Let a growsdown VMA above reach down to the page, if its guard gap and limit allow."""
     at = index_after(mm, page)
     if at == len(mm.vmas):

@@ -91,6 +91,8 @@ class UserFaultFd:
             for vma in vmas:
                 if vma.uffd not in (None, self):
                     raise MmError(errno.EBUSY, f"uffd register({addr:#x}): {vma!r} is watched")
+                if _of_disk(vma) and not (mode == "wp" and self.async_wp):
+                    raise MmError(errno.EINVAL, f"uffd register({addr:#x}): not for {vma!r}")
             for vma in vmas:
                 low, high = max(first, vma.first), min(last, vma.last)
                 flags = vma.flags | _MODES[mode]
@@ -104,7 +106,13 @@ class UserFaultFd:
         """Stop watching a range; its write protection is removed, in one section."""
         first, last = self._range("unregister", addr, length)
         async with self.mm.write_locked:
-            for vma in vmas_in(self.mm, first, last):
+            vmas = vmas_in(self.mm, first, last)
+            if not vmas:
+                raise MmError(errno.EINVAL, f"uffd unregister({addr:#x}): nothing is mapped")
+            for vma in vmas:
+                if vma.uffd is None and _of_disk(vma):
+                    raise MmError(errno.EINVAL, f"uffd unregister({addr:#x}): not for {vma!r}")
+            for vma in vmas:
                 if vma.uffd is None:
                     continue
                 low, high = max(first, vma.first), min(last, vma.last)
@@ -218,3 +226,8 @@ class UserFaultFd:
             moved = entry
         mm.set_pte(page, 0)
         mm.pt.leaf_of(there).pte[there & 511] = moved
+
+
+def _of_disk(vma: Vma) -> bool:
+    """Whether a mapping is of a file whose missing pages only its file system can supply."""
+    return vma.file is not None and vma.file.writenotify
