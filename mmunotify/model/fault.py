@@ -28,8 +28,6 @@ _NEW_ANON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBAC
 _NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
 _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
 _NEW_WRITABLE: Final = _DIRTY_YOUNG | f.PTE_RW
-_REUSABLE: Final = fr.PG_EXCLUSIVE | fr.PG_SWAPCACHE | fr.PG_HUGE
-"""What a page has that may be reused although it has several references."""
 
 
 async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
@@ -116,8 +114,8 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         return 0
     if not entry & f.PTE_SPECIAL:
         word = mm.machine.frames.word[old]
-        # What others hold too is copied; of the rest, can_reuse knows.
-        if (word & _REUSABLE or word & fr.REF_MASK == 1) and can_reuse(mm, old):
+        few = word & fr.REF_MASK <= _MANY_REFS
+        if word & fr.PG_ANON and (few or word & fr.PG_EXCLUSIVE) and can_reuse(mm, old):
             if not flags & f.FAULT_UNSHARE:
                 writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
                 leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
@@ -471,11 +469,12 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
     base = page - at
     pte: Any = None
     words = mm.machine.frames.word
-    pages = file.pages
-    shift = vma.pgoff - vma.first
-    mapped = fr.MAPPED_ONCE
-    for near in range(low, min(high, file.page_end - shift - base)):
-        frame = pages.get(base + near + shift)
+    cached = file.pages.get
+    shift = base + vma.pgoff - vma.first
+    prot = vma.prot
+    locked = vma.flags & f.VM_LOCKED
+    for near in range(low, min(high, file.page_end - shift)):
+        frame = cached(near + shift)
         if frame is None:
             continue
         word = words[frame]
@@ -486,10 +485,10 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
                 return False
             pte = mm.pt.leaf_of(page).pte
         if not pte[near]:
-            words[frame] = word + mapped
-            if vma.flags & f.VM_LOCKED:
+            words[frame] = word + fr.MAPPED_ONCE
+            if locked:
                 mm.machine.mlock(frame)
-            pte[near] = frame << PAGE_SHIFT | vma.prot
+            pte[near] = frame << PAGE_SHIFT | prot
     return pte is not None and bool(pte[at] & f.PTE_PRESENT)
 
 
@@ -581,8 +580,7 @@ def _swap_in_nowait(
     ):
         return RETRY
     frame = frames.alloc()
-    swap.read(slot, frame)
-    swap.drop(slot)
+    swap.swap_in(slot, frame)
     frames.word[frame] |= _NEW_ANON_LRU
     frames.rmap[frame] = vma.anon_vma.number << fr.OWNER_SHIFT | (page - vma.first + vma.pgoff)
     machine.lru.append(frame)

@@ -206,7 +206,7 @@ class Frames:
         """Drop one reference of each of these distinct frames."""
         words = self.words[frames] - np.uint64(REF_ONE)
         alive = (words & np.uint64(REF_MASK)) != 0
-        if alive.any():
+        if np.count_nonzero(alive):
             self.words[frames[alive]] = words[alive]
             frames = frames[~alive]
             words = words[~alive]

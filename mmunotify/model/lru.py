@@ -153,9 +153,11 @@ class Lru:
         word = self._frames.word[frame]
         which = (0 if word & fr.PG_SWAPBACKED else 2) + (1 if word & fr.PG_ACTIVE else 0)
         tail = self._logs[which].tail
+        behind = tail - self._position[frame]
+        if not 0 < behind < _BATCH or not word & fr.PG_LRU:
+            return False
         added = sum(log.tail for log in self._logs) - sum(self._drained)
-        new = min(added % _BATCH, tail - self._drained[which])
-        return bool(word & fr.PG_LRU) and 0 < tail - self._position[frame] <= new
+        return bool(behind <= min(added % _BATCH, tail - self._drained[which]))
 
     def drain(self) -> None:
         """Do all that was put off to be done in batches (lru_add_drain)."""
@@ -187,7 +189,7 @@ class Lru:
         words = self._frames.words[frames]
         for which, flags in enumerate(_FLAGS):
             mine = (words & np.uint64(_WHICH)) == np.uint64(flags)
-            if mine.any():
+            if np.count_nonzero(mine):
                 self._extend(which, frames[mine])
 
     def _pack(self, which: int, room: int) -> None:
@@ -211,7 +213,7 @@ class Lru:
         for start in range(low, high, _STEP):
             entries = self._logs[which].entries[start : min(high, start + _STEP)].astype(np.int64)
             # Most stale entries are of pages that were freed: their flags say so.
-            at = np.flatnonzero((self._frames.words[entries] & mask) == flags)
+            at = ((self._frames.words[entries] & mask) == flags).nonzero()[0]
             if len(at):
                 entries = entries[at]
                 found.append(entries[self._positions[entries] == at + start])

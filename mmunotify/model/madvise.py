@@ -198,7 +198,7 @@ def _free_entries(mm: AddressSpace[Any], entries: npt.NDArray[np.uint64]) -> Non
         entries[where] = 0
         swap.drop(slot)
         swap.reclaim_unmapped(slot)
-    at = np.flatnonzero((entries & (PRESENT | SPECIAL)) == PRESENT)
+    at = ((entries & (PRESENT | SPECIAL)) == PRESENT).nonzero()[0]
     pfns = frames_of(entries[at])
     words = frames.words[pfns]
     keep = np.zeros(len(pfns), np.bool_)
@@ -256,7 +256,7 @@ def _alone(
     mm: AddressSpace[Any], entries: npt.NDArray[np.uint64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Where the pages are that are on an LRU list and mapped once, and their frames."""
-    at = np.flatnonzero((entries & (PRESENT | SPECIAL)) == PRESENT)
+    at = ((entries & (PRESENT | SPECIAL)) == PRESENT).nonzero()[0]
     pfns = frames_of(entries[at])
     words = mm.machine.frames.words[pfns]
     alone = (words & np.uint64(fr.MAP_MASK | fr.PG_LRU)) == np.uint64(fr.MAP_ONE | fr.PG_LRU)

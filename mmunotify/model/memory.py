@@ -91,7 +91,7 @@ class Gather:
     def _release(self, frames: I64) -> None:
         words = self.frames.words[frames]
         cached = (words & np.uint64(fr.PG_SWAPCACHE | fr.MAP_MASK)) == np.uint64(fr.PG_SWAPCACHE)
-        if cached.any():
+        if np.count_nonzero(cached):
             for frame in frames[cached].tolist():
                 self.mm.machine.swap.try_free(frame)
         self.frames.put_many(frames)
@@ -315,14 +315,14 @@ def _zap_nonpresent(
     kept = np.zeros_like(found)
     if not even_cows:
         kept[swapped] = found[swapped]
-    elif swapped.any():
+    elif np.count_nonzero(swapped):
         mm.machine.swap.drop_many(_distinct(mm, frames_of(found[swapped])))
-    if migrating.any():
+    if np.count_nonzero(migrating):
         for pfn in frames_of(found[migrating]).tolist():
             mm.machine.frames.put(pfn)
     if not drop_markers:
         kept[markers] = found[markers]
-    return kept if kept.any() else None
+    return kept if np.count_nonzero(kept) else None
 
 
 def _distinct(mm: AddressSpace[Any], slots: I64) -> I64:
@@ -490,13 +490,13 @@ def _copy_nonpresent(
 ) -> None:
     kinds = mine & np.uint64(f.SWP_TYPE_MASK)
     swapped = where & (kinds == np.uint64(f.SWP_SWAP))
-    if swapped.any():
+    if np.count_nonzero(swapped):
         for slot in frames_of(mine[swapped]).tolist():
             parent.machine.swap.dup(slot)
         mine[swapped] &= ~np.uint64(f.SWP_EXCLUSIVE)
         theirs[swapped] &= ~np.uint64(f.SWP_EXCLUSIVE)
     migrating = where & (kinds == np.uint64(f.SWP_MIGRATION))
-    if migrating.any():
+    if np.count_nonzero(migrating):
         for pfn in frames_of(mine[migrating]).tolist():
             parent.machine.frames.get(pfn)
         mine[migrating] &= ~np.uint64(f.SWP_WRITE | f.SWP_EXCLUSIVE)
@@ -542,5 +542,5 @@ def _share_frames(
 def iter_present(mm: AddressSpace[Any], first: int, last: int) -> Any:
     """(page, entry) of the present small entries of [first, last), ascending; a snapshot."""
     for page, entries in mm.pt.runs(first, last):
-        for at in np.flatnonzero(entries & PRESENT).tolist():
+        for at in (entries & PRESENT).nonzero()[0].tolist():
             yield page + at, int(entries[at])

@@ -147,9 +147,10 @@ def _set_uffd_wp(vma: Vma, entries: npt.NDArray[np.uint64]) -> None:
 
 def _change_entries(mm: AddressSpace[Any], vma: Vma, entries: npt.NDArray[np.uint64]) -> None:
     present = (entries & PRESENT) != 0
-    if not present.any():
+    count = np.count_nonzero(present)
+    if not count:
         return
-    whole = bool(present.all())
+    whole = count == len(entries)
     found = entries if whole else entries[present]
     changed = found & ~_PROT_BITS | np.uint64(vma.prot) & _PROT_BITS
     if vma.prot & f.PTE_RW:

@@ -110,7 +110,7 @@ class ModelPrimary:
             huge = mm.pt.huge.get(index)
             if huge is None:
                 entries = mm.pt.leaves[index].entries[low - (index << 9) : high - (index << 9)]
-                at = np.flatnonzero((entries & np.uint64(_READABLE)) == np.uint64(_READABLE))
+                at = ((entries & np.uint64(_READABLE)) == np.uint64(_READABLE)).nonzero()[0]
             else:
                 at = np.arange(high - low)
                 shift = np.uint64(PAGE_SHIFT)

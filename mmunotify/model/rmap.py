@@ -97,25 +97,26 @@ class Owners:
     """Numbers for what can own a frame: anon_vmas, files, KSM's stable nodes."""
 
     def __init__(self) -> None:
-        self._owners: list[AnonVma | File | StableNode | None] = [None]
+        self.table: Final[list[AnonVma | File | StableNode | None]] = [None]
+        """By number; `owners[number]` for who is not in a hurry."""
         self._free: list[int] = []
 
     def add(self, owner: AnonVma | File | StableNode) -> int:
         """Give it a number."""
         if self._free:
             number = self._free.pop()
-            self._owners[number] = owner
+            self.table[number] = owner
             return number
-        self._owners.append(owner)
-        return len(self._owners) - 1
+        self.table.append(owner)
+        return len(self.table) - 1
 
     def remove(self, number: int) -> None:
         """Take the number back."""
-        self._owners[number] = None
+        self.table[number] = None
         self._free.append(number)
 
     def __getitem__(self, number: int) -> AnonVma | File | StableNode | None:
-        return self._owners[number]
+        return self.table[number]
 
 
 class AnonVmas:

@@ -103,6 +103,24 @@ class Swap:
         self._slots[self._top] = slot
         self._top += 1
 
+    def swap_out(self, frame: int) -> int:
+        """A slot with what is in a frame, held by one entry; there must be a free one."""
+        self._top = top = self._top - 1
+        slot: int = self._slots[top]
+        self._uses[slot] = 1
+        if self.frames.data is not None:
+            self.write(frame, slot)
+        return slot
+
+    def swap_in(self, slot: int, frame: int) -> None:
+        """Read a slot that one entry holds, and not the cache, into a fresh frame, and free it."""
+        if self.data:
+            self.read(slot, frame)
+            self.data.pop(slot, None)
+        self._uses[slot] = 0
+        self._slots[self._top] = slot
+        self._top += 1
+
     def alloc(self) -> int:
         """A slot that nobody holds yet, or -1."""
         if not self._top:

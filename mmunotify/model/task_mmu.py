@@ -33,7 +33,7 @@ def _entries(mm: AddressSpace[Any], first: int, last: int) -> Iterator[tuple[int
                 yield page, huge + ((page - base) << PAGE_SHIFT)
             continue
         entries = mm.pt.leaves[index].entries
-        for at in np.flatnonzero(entries).tolist():
+        for at in entries.nonzero()[0].tolist():
             if first <= base + at < last:
                 yield base + at, int(entries[at])
 

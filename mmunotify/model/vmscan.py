@@ -204,14 +204,15 @@ class Reclaim:
         if words[frame] & _COMMON_MASK != _COMMON:
             return _RETRY
         where = frames.rmap[frame]
-        owner = machine.owners[where >> fr.OWNER_SHIFT]
+        owner = machine.owners.table[where >> fr.OWNER_SHIFT]
         if not isinstance(owner, AnonVma) or len(owner.tree.vmas) != 1:
             return _RETRY
         vma = owner.tree.vmas[0]
         mm = vma.mm
+        notifiers = mm.notifiers
         page = vma.first + (where & fr.INDEX_MASK) - vma.pgoff
         leaf = mm.pt.leaves.get(page >> 9)
-        if leaf is None or vma.flags & f.VM_LOCKED or not (mm.users and mm.notifiers.plain):
+        if leaf is None or vma.flags & f.VM_LOCKED or not (mm.users and notifiers.plain):
             return _RETRY
         pte = leaf.pte
         entry = pte[page & 511]
@@ -219,29 +220,29 @@ class Reclaim:
         if mapped != frame << PAGE_SHIFT | f.PTE_PRESENT or not owner.lock.down_read_trylock():
             return _RETRY
         try:
-            if not force and self._was_used(mm, pte, page, entry):
-                again = words[frame] & fr.PG_REFERENCED
-                words[frame] |= fr.PG_ACTIVE if again else fr.PG_REFERENCED
+            young = 0
+            if not force:
+                # Test and clear the accessed bits of the entry and of the drivers (I-AGE).
+                young = entry & f.PTE_ACCESSED
+                if young:
+                    pte[page & 511] = entry & ~f.PTE_ACCESSED
+                    if mm.tlb is not None:
+                        mm.tlb.flush(page, page + 1)
+                if notifiers.armed:
+                    start = page << PAGE_SHIFT
+                    young |= notifiers.clear_flush_young(start, start + PAGE_SIZE)
+            word = words[frame]
+            if young:
+                word |= fr.PG_ACTIVE if word & fr.PG_REFERENCED else fr.PG_REFERENCED
             elif machine.swap.free:
                 return self._swap_out(mm, pte, page, frame)
             else:
-                words[frame] = words[frame] & ~fr.PG_REFERENCED | fr.PG_ACTIVE
-            machine.lru.move(frame)
+                word = word & ~fr.PG_REFERENCED | fr.PG_ACTIVE
+            words[frame] = word
+            machine.lru.append(frame, 1 if word & fr.PG_ACTIVE else 0)
             return 0
         finally:
             owner.lock.up_read()
-
-    def _was_used(self, mm: AddressSpace[Any], pte: Any, page: int, entry: int) -> bool:
-        """Test and clear the accessed bits of an entry and of the drivers (I-AGE)."""
-        young = bool(entry & f.PTE_ACCESSED)
-        if young:
-            pte[page & 511] = entry & ~f.PTE_ACCESSED
-            if mm.tlb is not None:
-                mm.tlb.flush(page, page + 1)
-        if mm.notifiers.armed:
-            start = page << PAGE_SHIFT
-            young |= mm.notifiers.clear_flush_young(start, start + PAGE_SIZE)
-        return young
 
     def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int:
         """Put the only copy of a page where its entry says, announce it, and free the frame."""
@@ -253,15 +254,13 @@ class Reclaim:
             mm.announced.append(rng)
             if machine.era != "v16":
                 told = notifiers.invalidate_range_start_atomic(rng)
-        slot = swap.alloc()
-        swap.dup(slot)
-        swap.write(frame, slot)
+        slot = swap.swap_out(frame)
         word = frames.word[frame]
         left = slot << PAGE_SHIFT | f.SWP_SWAP | pte[page & 511] & f.PTE_UFFD_WP
         pte[page & 511] = left | f.SWP_EXCLUSIVE if word & fr.PG_EXCLUSIVE else left
         if mm.tlb is not None:
             mm.tlb.flush(page, page + 1)
-        frames.word[frame] = word - fr.MAP_ONE
+        frames.word[frame] = (word - fr.MAP_ONE) & ~fr.PG_DIRTY
         failed: object = ()
         if rng is not None and told is not None:
             failed = notifiers.invalidate_range_end_atomic(rng, told)
