@@ -296,7 +296,24 @@ class Dispatch:
 
         Every driver is asked (I-AGE). Under the page table lock; never suspends.
         """
-        return self._ask(self._audience.clear_flush_young, start, end, all_of_them=True)
+        if get_ident() != self._thread or self._token is None:
+            self._enter()
+        told = self._audience
+        if not told.clear_flush_young:
+            return False
+        told.open += 1  # a put inside a callback must not free what is being walked
+        young = False
+        try:
+            for call in told.clear_flush_young:
+                try:
+                    if call.callback(start, end):
+                        young = True
+                except BaseException as exc:
+                    if not self._survives(call, exc, start):
+                        raise
+        finally:
+            self._close(told)
+        return young
 
     def clear_young(self, start: int, end: int) -> bool:
         """Like `clear_flush_young`, without the flush."""
@@ -698,6 +715,7 @@ CALLING: Final = {
         (Dispatch._begin, "start"),
         (Dispatch._finish, "callback"),
         (Dispatch._tell_plain, "call"),
+        (Dispatch.clear_flush_young, "call"),
         (Dispatch._ask, "call"),
     )
 }

@@ -32,9 +32,10 @@ class Swap:
         self.frames: Final = frames
         self._counts: Final[npt.NDArray[np.uint16]] = np.zeros(count, np.uint16)
         self._uses: Final[Any] = self._counts.data
-        self._free: Final[npt.NDArray[np.uint32]] = np.arange(count - 1, -1, -1, dtype=np.uint32)
-        self._slots: Final[Any] = self._free.data
-        self._top = count
+        self._stack: Final[npt.NDArray[np.uint32]] = np.arange(count - 1, -1, -1, dtype=np.uint32)
+        self._slots: Final[Any] = self._stack.data
+        self.free = count
+        """Slots that can be allocated; a plain attribute, which reclaim tests for every page."""
         self.cache: Final[dict[int, int]] = {}
         """Slot to the frame that has its contents (the swap cache)."""
         self.slot_of: Final[dict[int, int]] = {}
@@ -42,14 +43,9 @@ class Swap:
         self.data: Final[dict[int, bytearray]] = {}
 
     @property
-    def free(self) -> int:
-        """Slots that can be allocated."""
-        return self._top
-
-    @property
     def used(self) -> int:
         """Slots that hold something."""
-        return self.count - self._top
+        return self.count - self.free
 
     def uses(self, slot: int) -> int:
         """How many entries hold a slot; the cache is not counted."""
@@ -95,17 +91,17 @@ class Swap:
         if self.data:
             for slot in gone.tolist():
                 self.data.pop(slot, None)
-        self._free[self._top : self._top + len(gone)] = gone[::-1]
-        self._top += len(gone)
+        self._stack[self.free : self.free + len(gone)] = gone[::-1]
+        self.free += len(gone)
 
     def _release(self, slot: int) -> None:
         self.data.pop(slot, None)
-        self._slots[self._top] = slot
-        self._top += 1
+        self._slots[self.free] = slot
+        self.free += 1
 
     def swap_out(self, frame: int) -> int:
         """A slot with what is in a frame, held by one entry; there must be a free one."""
-        self._top = top = self._top - 1
+        self.free = top = self.free - 1
         slot: int = self._slots[top]
         self._uses[slot] = 1
         if self.frames.data is not None:
@@ -118,15 +114,15 @@ class Swap:
             self.read(slot, frame)
             self.data.pop(slot, None)
         self._uses[slot] = 0
-        self._slots[self._top] = slot
-        self._top += 1
+        self._slots[self.free] = slot
+        self.free += 1
 
     def alloc(self) -> int:
         """A slot that nobody holds yet, or -1."""
-        if not self._top:
+        if not self.free:
             return -1
-        self._top -= 1
-        slot: int = self._slots[self._top]
+        self.free -= 1
+        slot: int = self._slots[self.free]
         return slot
 
     # ------------------------------------------------------------------ the swap cache

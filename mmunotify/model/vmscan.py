@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _BATCH: Final = 32
 _MAX_BATCH: Final = 256
-_RETRY: Final = -1
+_MAPPING: Final = f.PFN_MASK | f.PTE_PRESENT | f.PTE_SPECIAL
 _KEPT: Final = fr.PG_UNEVICTABLE | fr.PG_MLOCKED
 _COMMON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_SWAPBACKED | fr.PG_LRU
 _COMMON_MASK: Final = (
@@ -168,13 +168,17 @@ class Reclaim:
         With `force` nobody is asked whether the page was used (MADV_PAGEOUT).
         """
         words = self.machine.frames.word
-        freed = 0
-        for frame in frames:
-            if not words[frame] & fr.PG_LRU:
+        batch = list(frames)
+        freed = at = 0
+        while at < len(batch):
+            done, some = self._walk_alike(batch, at, force=force)
+            at += done
+            freed += some
+            if done:
                 continue
-            done = self._shrink_nowait(frame, force)
-            if done != _RETRY:
-                freed += done
+            frame = batch[at]
+            at += 1
+            if not words[frame] & fr.PG_LRU:
                 continue
             generation = words[frame] & fr.GEN_MASK
             if words[frame] & fr.PG_HUGE:
@@ -191,58 +195,68 @@ class Reclaim:
                 self.machine.lru.move(frame)
         return freed
 
-    def _shrink_nowait(self, frame: int, force: bool) -> int:
-        """`_shrink_one` in one step: how many pages it freed, or _RETRY if it takes more than that.
+    def _walk_alike(
+        self, batch: list[int], at: int, *, force: bool = False, deactivate: bool = False
+    ) -> tuple[int, int]:
+        """`_shrink_one` (or ageing, to `deactivate`) of as many pages as can be had in one step.
 
-        For what reclaim mostly meets, an anonymous page that one entry maps, in an anon_vma of one
-        VMA whose drivers, if any, can be told in one step. It is never in the swap cache, which
-        nobody could find it in.
+        How many that were, and how many of them were freed. For what reclaim mostly meets: a row of
+        anonymous pages of one anon_vma, with one VMA whose drivers, if any, can be told in one
+        step; each is mapped by one entry, and not in the swap cache, where nobody could find it.
+        The reverse-map lock is taken once for all of them.
         """
         machine = self.machine
-        frames = machine.frames
-        words = frames.word
-        if words[frame] & _COMMON_MASK != _COMMON:
-            return _RETRY
-        where = frames.rmap[frame]
-        owner = machine.owners.table[where >> fr.OWNER_SHIFT]
+        frames, lru, swap = machine.frames, machine.lru, machine.swap
+        words, rmaps = frames.word, frames.rmap
+        number = rmaps[batch[at]] >> fr.OWNER_SHIFT
+        owner = machine.owners.table[number]
         if not isinstance(owner, AnonVma) or len(owner.tree.vmas) != 1:
-            return _RETRY
+            return 0, 0
         vma = owner.tree.vmas[0]
         mm = vma.mm
-        notifiers = mm.notifiers
-        page = vma.first + (where & fr.INDEX_MASK) - vma.pgoff
-        leaf = mm.pt.leaves.get(page >> 9)
-        if leaf is None or vma.flags & f.VM_LOCKED or not (mm.users and notifiers.plain):
-            return _RETRY
-        pte = leaf.pte
-        entry = pte[page & 511]
-        mapped = entry & (f.PFN_MASK | f.PTE_PRESENT | f.PTE_SPECIAL)
-        if mapped != frame << PAGE_SHIFT | f.PTE_PRESENT or not owner.lock.down_read_trylock():
-            return _RETRY
+        notifiers, leaves = mm.notifiers, mm.pt.leaves
+        if vma.flags & f.VM_LOCKED or not mm.users or not owner.lock.down_read_trylock():
+            return 0, 0
+        first, freed = at, 0
+        shift = vma.first - vma.pgoff - (number << fr.OWNER_SHIFT)
         try:
-            young = 0
-            if not force:
-                # Test and clear the accessed bits of the entry and of the drivers (I-AGE).
-                young = entry & f.PTE_ACCESSED
-                if young:
-                    pte[page & 511] = entry & ~f.PTE_ACCESSED
-                    if mm.tlb is not None:
-                        mm.tlb.flush(page, page + 1)
-                if notifiers.armed:
-                    start = page << PAGE_SHIFT
-                    young |= notifiers.clear_flush_young(start, start + PAGE_SIZE)
-            word = words[frame]
-            if young:
-                word |= fr.PG_ACTIVE if word & fr.PG_REFERENCED else fr.PG_REFERENCED
-            elif machine.swap.free:
-                return self._swap_out(mm, pte, page, frame)
-            else:
-                word = word & ~fr.PG_REFERENCED | fr.PG_ACTIVE
-            words[frame] = word
-            machine.lru.append(frame, 1 if word & fr.PG_ACTIVE else 0)
-            return 0
+            while at < len(batch):
+                frame = batch[at]
+                page = rmaps[frame] + shift
+                leaf = leaves.get(page >> 9)
+                if leaf is None or words[frame] & _COMMON_MASK != _COMMON:
+                    break
+                pte = leaf.pte
+                entry = pte[page & 511]
+                if entry & _MAPPING != frame << PAGE_SHIFT | f.PTE_PRESENT or not notifiers.plain:
+                    break
+                at += 1
+                young = 0
+                if not force:
+                    # Test and clear the accessed bits of the entry and of the drivers (I-AGE).
+                    young = entry & f.PTE_ACCESSED
+                    if young:
+                        pte[page & 511] = entry & ~f.PTE_ACCESSED
+                        if mm.tlb is not None:
+                            mm.tlb.flush(page, page + 1)
+                    if notifiers.armed:
+                        start = page << PAGE_SHIFT
+                        young |= notifiers.clear_flush_young(start, start + PAGE_SIZE)
+                word = words[frame]
+                if deactivate:
+                    word &= ~fr.PG_ACTIVE
+                elif young:
+                    word |= fr.PG_ACTIVE if word & fr.PG_REFERENCED else fr.PG_REFERENCED
+                elif swap.free:
+                    freed += self._swap_out(mm, pte, page, frame)
+                    continue
+                else:
+                    word = word & ~fr.PG_REFERENCED | fr.PG_ACTIVE
+                words[frame] = word
+                lru.append(frame, lists.ACTIVE_ANON if word & fr.PG_ACTIVE else lists.INACTIVE_ANON)
         finally:
             owner.lock.up_read()
+        return at - first, freed
 
     def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int:
         """Put the only copy of a page where its entry says, announce it, and free the frame."""
@@ -457,7 +471,15 @@ class Reclaim:
         """Age the `batch` oldest active pages; executable file pages that were used stay."""
         machine = self.machine
         words = machine.frames.word
-        for frame in machine.lru.take(which, batch):
+        frames = machine.lru.take(which, batch)
+        at = 0
+        while at < len(frames):
+            done, _ = self._walk_alike(frames, at, deactivate=True)
+            at += done
+            if done:
+                continue
+            frame = frames[at]
+            at += 1
             count, flags = await self.referenced(frame)
             file = not words[frame] & fr.PG_SWAPBACKED
             if not (count and flags & f.VM_EXEC and file):
