@@ -447,4 +447,6 @@ class File:
             if self._dirty(frame):
                 continue
             if word[frame] & fr.COUNTS_MASK == fr.REF_ONE:
+                if self.machine.frames.on_drop is not None:
+                    self.machine.frames.on_drop(frame)
                 self.remove(index)

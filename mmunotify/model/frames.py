@@ -87,6 +87,8 @@ class Frames:
         self.pins: Final[dict[int, int]] = {}
         self.on_free: Callable[[int], object] | None = None
         """Called with each frame that is about to be freed, if somebody checks."""
+        self.on_drop: Callable[[int], object] | None = None
+        """Called with each page that goes as its contents are elsewhere, if somebody checks."""
         self.leaked = 0
         """Frames that a failed driver may still use: never freed."""
 

@@ -315,6 +315,8 @@ class Reclaim:
         word = words[frame]
         if word & fr.REF_MASK != 2:
             return
+        if machine.frames.on_drop is not None:
+            machine.frames.on_drop(frame)
         if word & fr.PG_SWAPCACHE:
             swap.delete_from_cache(frame)
         elif word & fr.PG_PAGECACHE:
