@@ -7,6 +7,7 @@ the arrival of messages: safety comes from ids and numbers, clocks decide only w
 The rules of it, of which none can be left out (the numbers are those of the importing side, too):
 
     2  faults on a range that is being invalidated are parked until it is over
+    3  an acknowledgement is for the numbers that it names, and for no later ones
     4  an acknowledgement is matched by permit and incarnation, not by partition
     5  faults carry the exporter's incarnation: what was meant for its past life is not served
     6  a permit enters the PFN table before the page is sent
@@ -71,7 +72,7 @@ class Limits:
     """Of all partitions together."""
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Peer:
     """One incarnation of an importing partition."""
 
@@ -100,7 +101,7 @@ class Peer:
         return str(self.part)
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Sharer:
     """A permit that was given to another partition (an apid), and what it may have."""
 
@@ -407,15 +408,19 @@ class Exporter:
     ) -> None:
         for aid, upto in ack.upto:
             for sharer in self._acked_for(peer, ack, aid):
-                # What was not sent cannot be acknowledged.
-                if sharer.acked < upto <= sharer.sent:
-                    self._acknowledge(sharer, upto)
+                covered = self._covered(sharer, upto)
+                if covered > sharer.acked:
+                    self._acknowledge(sharer, covered)
         if peer is not None and peer.batch is not None and not peer.outstanding:
             peer.batch = None
             peer.resend_at = INFINITY
             peer.interval = self.resend
             if peer.dirty:
                 self._dirty[peer] = None
+
+    def _covered(self, sharer: Sharer, upto: int) -> int:
+        """Rule 3: an acknowledgement is for what it names; what was not sent cannot be named."""
+        return upto if upto <= sharer.sent else sharer.acked
 
     def _acked_for(self, peer: Peer | None, ack: Ack, aid: bytes) -> Iterator[Sharer]:
         """Rule 4: whose acknowledgement this is."""

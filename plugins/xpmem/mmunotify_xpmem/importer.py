@@ -57,7 +57,7 @@ RATE_ERROR: Final = 0.01
 """By how much two clocks may differ in rate: a lease ends that much earlier here."""
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Pending:
     """A request that is under way: sent again until it is answered or given up."""
 
@@ -85,7 +85,7 @@ class Pending:
                 wake()
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Faulting(Pending):
     """A fault under way."""
 
@@ -96,14 +96,14 @@ class Faulting(Pending):
     stale: bool = False
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Asking(Pending):
     """A question under way."""
 
     answer: bytes = b""
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Source:
     """One incarnation of an exporting partition that permits are held of."""
 
@@ -116,7 +116,7 @@ class Source:
     grants: dict[bytes, Grant] = attrs.field(factory=dict)
 
 
-@attrs.define(slots=True, eq=False)
+@attrs.define(slots=True, eq=False, repr=False)
 class Grant:
     """A permit for a segment of another partition. Pages are counted from the segment's first."""
 
@@ -557,8 +557,8 @@ class Importer:
             if now >= self._give_up_at(pending):
                 self._give_up(pending)
             elif now >= pending.resend_at:
-                pending.interval *= 2
-                pending.resend_at = now + min(pending.interval, 20 * self.resend)
+                pending.interval = min(2 * pending.interval, 20 * self.resend)
+                pending.resend_at = now + pending.interval
                 self._send(pending.part, pending.inc, pending.message, pending.body)
                 deadline = min(deadline, pending.resend_at)
             else:
