@@ -559,8 +559,8 @@ class Exporter:
         self.deadline = INFINITY
         for peer in list(self.peers.values()):
             if now >= peer.heard + self.ttl:
-                self._silent(peer)
-            elif not peer.condemned:
+                self._silent(peer, now)
+            else:
                 self._due(peer.heard + self.ttl)
             if peer.batch is not None:
                 if now >= peer.resend_at:
@@ -569,14 +569,17 @@ class Exporter:
                 else:
                     self._due(peer.resend_at)
 
-    def _silent(self, peer: Peer) -> None:
+    def _silent(self, peer: Peer, now: float) -> None:
         """The lease of a peer is over; what follows, each of its segments says."""
         for sharer in list(peer.sharers.values()):
             if sharer.segment.fence == "lease":
                 self.fence(sharer, "lease")
-            elif sharer.segment.fence == "kill" and sharer.waits and not peer.condemned:
-                peer.condemned = True
-                self.todo.append(Kill(peer))
+            elif sharer.segment.fence == "kill" and not peer.condemned:
+                if sharer.waits:
+                    peer.condemned = True
+                    self.todo.append(Kill(peer))
+                else:
+                    self._due(now + self.heartbeat)  # somebody may come to wait for it
 
     def died(self, part: int, inc: bytes, reason: str) -> None:
         """Proof that the incarnation is dead: the kernel says so. It holds nothing any more."""

@@ -30,7 +30,7 @@ from .wire import BadMessage, Report, Request, decode, encode
 from .xpmem import Xpmem, new_id
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
 
     from .engine import Engine, Sender
@@ -112,9 +112,9 @@ class Partition(Xpmem):
         except BaseException:
             await engine.aclose()
             raise
-        self._tasks.start_soon(engine.run, name=f"engine of {self.part}")
-        self._tasks.start_soon(self._keep_time, name=f"clock of {self.part}")
         self._open = True
+        for function, what in ((engine.run, "engine"), (self._keep_time, "clock")):
+            self._tasks.start_soon(self._or_close, function, name=f"{what} of {self.part}")
         return self
 
     async def __aexit__(
@@ -129,10 +129,7 @@ class Partition(Xpmem):
                 for group in list(self.groups):
                     await group.close()
         finally:
-            self._open = False
-            for sharer in list(self.exporter.sharers.values()):
-                self.exporter.fence(sharer, "closed")
-            self.flush()
+            self._close()
             self._tasks.cancel_scope.cancel()
             try:
                 # What the body has raised is the body's; of ours there is cancellation only.
@@ -142,6 +139,22 @@ class Partition(Xpmem):
                 await self._tasks.__aexit__(*raised)
             finally:
                 await self.engine.aclose()
+
+    async def _or_close(self, function: Callable[..., Awaitable[object]], *args: object) -> None:
+        """Run a part of this; without it nobody can be waited for any longer."""
+        try:
+            await function(*args)
+        except BaseException:
+            self._close()
+            raise
+
+    def _close(self) -> None:
+        """Fence everybody: whoever waits goes on, and what importers have is void."""
+        if self._open:
+            self._open = False
+            for sharer in list(self.exporter.sharers.values()):
+                self.exporter.fence(sharer, "closed")
+            self.flush()
 
     # ------------------------------------------------------------------ what the engine says
 
@@ -235,7 +248,7 @@ class Partition(Xpmem):
 
     def _start(self, function: Callable[..., Any], *args: object) -> None:
         if self._tasks is not None and self._open:
-            self._tasks.start_soon(function, *args)
+            self._tasks.start_soon(self._or_close, function, *args)
 
     async def _fault_in(self, todo: FaultIn) -> None:
         sharer, fault = todo.sharer, todo.fault

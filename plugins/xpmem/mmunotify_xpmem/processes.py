@@ -87,7 +87,12 @@ class ProcessSender:
         """Return once the process is dead; never, if the kernel cannot tell."""
         if self._pidfd < 0:
             await anyio.sleep_forever()
-        await anyio.wait_readable(self._pidfd)
+        # One of its own: only one task can wait for a descriptor.
+        waited_for = os.dup(self._pidfd)
+        try:
+            await anyio.wait_readable(waited_for)
+        finally:
+            os.close(waited_for)
 
 
 def _pidfd(sock: socket.socket, pid: int) -> int:

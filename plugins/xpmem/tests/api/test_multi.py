@@ -68,7 +68,7 @@ async def test_p2p_multi_signal(world: World) -> None:
 
         async def peer() -> None:
             for turn in range(0, 20, 2):
-                await wait_for(lambda turn=turn: attachment.read(0, 1), bytes([turn + 1]))
+                await wait_for(lambda: attachment.read(0, 1), bytes([turn + 1]))
                 await attachment.write(0, bytes([turn + 2]))
 
         with anyio.fail_after(30):
@@ -76,7 +76,7 @@ async def test_p2p_multi_signal(world: World) -> None:
                 tasks.start_soon(peer)
                 for turn in range(0, 20, 2):
                     await exported.store(0, bytes([turn + 1]))
-                    await wait_for(lambda turn=turn: exported.load(0, 1), bytes([turn + 2]))
+                    await wait_for(lambda: exported.load(0, 1), bytes([turn + 2]))
 
 
 async def test_p2p_multi_chained(world: World) -> None:

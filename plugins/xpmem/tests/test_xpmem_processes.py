@@ -53,9 +53,8 @@ class Herd:
         for process in self.processes:
             if process.poll() not in (None, -signal.SIGKILL):
                 assert process.stdout is not None
-                raise AssertionError(
-                    f"{process.args}: {process.returncode}\n{process.stdout.read()}"
-                )
+                said = process.stdout.read()
+                raise AssertionError(f"an importer has ended: {process.returncode}\n{said}")
 
     def accident(self, dice: random.Random, engine: StreamEngine) -> str:
         slot = dice.randrange(len(self.processes))

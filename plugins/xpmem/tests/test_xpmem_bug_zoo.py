@@ -244,7 +244,7 @@ async def test_z31_exit_with_a_deaf_importer() -> None:
             attachment = await attach(exporter, importer, address, PAGE)
             await attachment.read()
             subscription = await bystander.register(Listener())
-            hub.deliver = deaf  # type: ignore[method-assign]
+            hub.deliver = deaf  # type: ignore[method-assign,assignment]
             other.importer.tick = lambda now: None  # type: ignore[method-assign]
             with anyio.fail_after(60):
                 async with anyio.create_task_group() as tasks:
