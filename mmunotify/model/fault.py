@@ -481,7 +481,7 @@ def _fault_around(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
         if word & fr.PG_READAHEAD:
             continue
         if pte is None:
-            if page >> 9 not in mm.pt.leaves and file.reaches_end(base + near + shift):
+            if page >> 9 not in mm.pt.leaves and file.reaches_end(near + shift):
                 return False
             pte = mm.pt.leaf_of(page).pte
         if not pte[near]:

@@ -45,11 +45,11 @@ def thp_wanted(mm: AddressSpace[Any], vma: Vma, page: int) -> bool:
 def fault_huge(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> bool:
     """Map 2 MiB of fresh or zero memory; False if there is no such block. Never suspends."""
     index = page >> 9
+    if not mm.anon_vma_prepare_nowait(vma):
+        return False
     if not flags & f.FAULT_WRITE:
         mm.pt.set_huge(index, mm.machine.zero_entry | vma.prot | f.PTE_PSE)
         return True
-    if not mm.anon_vma_prepare_nowait(vma):
-        return False
     head = alloc_huge(mm.machine)
     if head < 0:
         return False
@@ -229,9 +229,10 @@ async def collapse(
     somebody else.
     """
     low, high = (first + NR - 1) & ~(NR - 1), last & ~(NR - 1)
-    never = vma.file is not None or vma.flags & (f.VM_SPECIAL | f.VM_HUGETLB | f.VM_NOHUGEPAGE)
+    # Memory that was never written has no anon_vma, and cannot have them either.
+    never = vma.anon_vma is None or vma.flags & (f.VM_SPECIAL | f.VM_HUGETLB | f.VM_NOHUGEPAGE)
     room = ((vma.last - NR) & ~(NR - 1)) >= vma.first
-    if never or not room or machine.thp == "never" or high <= low:
+    if never or vma.file is not None or not room or machine.thp == "never" or high < low:
         raise MmError(errno.EINVAL, f"madvise(collapse): not for {vma!r}")
     empty = False
     for page in range(low, high, NR):
