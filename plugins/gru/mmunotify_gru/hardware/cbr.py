@@ -51,6 +51,9 @@ class SavedCbr:
     value: int = 0
 
 
+_FRESH: Final = SavedCbr()
+
+
 class Cbr:
     """One control block of a chiplet (with what only its driver sees of it, the CBE)."""
 
@@ -85,7 +88,7 @@ class Cbr:
         self.context = 0
         self.asid = 0
         self.dseg = _NO_DSEG
-        self.restore(SavedCbr())
+        self.restore(_FRESH)
 
     def save(self) -> SavedCbr:
         """What `restore` needs; the block must have been interrupted."""

@@ -1,0 +1,64 @@
+"""`mmunotify replay` and `compare` with the GRU attached."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmunotify_gru.statistics import NAMES
+
+ROOT = Path(__file__).parents[3]
+SQLITE = ROOT / "tests" / "data" / "traces" / "sqlite.mmt.xz"
+
+if not SQLITE.exists():  # in a source distribution of the plugin alone
+    pytest.skip("the recordings are in the repository", allow_module_level=True)
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, "-m", "mmunotify", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_replay_counts_what_the_original_counts() -> None:
+    """Under its names, below the figures that every device has; and they agree with those."""
+    found = json.loads(
+        run("replay", SQLITE, "--driver", "gru,contexts=4,tlb=8,miss=poll", "--json")
+    )
+    (driver,) = found["drivers"]
+    counters: dict[str, int] = driver["counters"]
+    assert counters.keys() <= set(NAMES)
+    assert driver["installed"] == counters["tlb_dropin"] > driver["refaults"] > 0
+    assert counters["mmu_invalidate_range"] == driver["callbacks"]["invalidate_range_start"]
+    assert counters["assign_context"] == counters["free_context"] == counters["gts_free"]
+    assert counters["call_os"] == counters["tlb_dropin"]
+    assert "intr" not in counters
+    assert counters["flush_tlb_gru_tgh"] > counters["flush_tlb"] > driver["flushes"] > 0
+    assert counters["gms_free"] == counters["gms_alloc"]
+
+
+def test_the_table_has_its_counters() -> None:
+    """Those that are not 0."""
+    shown = run("replay", SQLITE, "--driver", "gru", "--driver", "atomic")
+    assert re.search(r"refaults +\d+ +\d+\n", shown)
+    assert re.search(r"mmu_invalidate_range +[\d,]+ +-\n", shown)
+    assert re.search(r"flush_tlb_gru_tgh +[\d,]+ +-\n", shown)
+    assert "steal" not in shown
+
+
+@pytest.mark.long
+def test_batching_by_pages_costs_more_flushes() -> None:
+    """What the argument of 2008 was about: the same program, told in four ways."""
+    lines = run(
+        *("compare", SQLITE, "--driver", "gru", "--locks", "rwsem", "--device", "same", "--json")
+    ).splitlines()
+    rows: dict[str, Any] = {row["batching"]: row for row in map(json.loads, lines)}
+    flushes = {how: row["counters"]["flush_tlb_gru_tgh"] for how, row in rows.items()}
+    assert flushes["page"] > flushes["pte512"] >= flushes["range"]
