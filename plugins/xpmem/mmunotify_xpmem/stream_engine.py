@@ -425,6 +425,14 @@ class StreamEngine:
         if self._events is not None:
             self._events.lost()
 
+    def partitions(self) -> list[int]:
+        """The numbers of the partitions that links lead to."""
+        return sorted(
+            int(number)
+            for prefix, _, number in (subject.partition(b".") for subject in self._routes)
+            if prefix == b"p" and number.isdigit()
+        )
+
     def send(self, subject: bytes, header: bytes, body: Buffer = b"") -> bool:
         """Send one frame; False if no link leads there."""
         routes = self._routes.get(subject)
