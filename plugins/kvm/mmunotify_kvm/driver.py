@@ -14,13 +14,15 @@ from mmunotify import ADDRESS_END, PAGE_SHIFT, PAGE_SIZE
 
 from .errors import KvmError, MmioExit
 from .faults import resolve
-from .memslots import LOG_DIRTY_PAGES
+from .memslots import LOG_DIRTY_PAGES, MAX_SLOTS
 from .options import KvmOptions, parse_size
 from .vm import VirtualMachine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+CROWDED: Final = 128
+"""Memslots from which on those without host memory are looked for."""
 SLOT_SIZE: Final = 1 << 30
 """The memslots that a device's accesses make are pieces of what is aligned to so many bytes."""
 
@@ -35,7 +37,9 @@ class KvmDriver(VirtualMachine):
         """Bytes that device accesses may yet turn into guest memory."""
         self._turns: Final = cycle(self.vcpus)
         self._vcpu = self.vcpus[0]
-        self._slots = 0
+        self._next = 0
+        """The number of the next memslot."""
+        self._crowded = CROWDED
 
     # ------------------------------------------------------------------ a device
 
@@ -61,24 +65,39 @@ class KvmDriver(VirtualMachine):
     async def _give(self, address: int) -> None:
         """Make a memslot of the mapping around an address, as far as it is not one yet."""
         assert self.primary is not None
-        region = next(iter(self.primary.regions(address, address + 1)), None)
-        if region is None or self._unused < PAGE_SIZE:
-            return
-        before, after = self.memslots.neighbours(address)
-        window = address & -SLOT_SIZE
-        start = max(region.start, before, window)
-        end = min(region.end, after, window + SLOT_SIZE)
-        if end - start > self._unused:
-            start = address & -PAGE_SIZE
-            end = min(end, start + (self._unused & -PAGE_SIZE))
-        try:
-            await self.set_user_memory_region(self._slots, start, end - start, start)
-        except KvmError:
-            if self.memslots.find(address >> PAGE_SHIFT) is None:
-                raise
-            return  # another task has been faster
-        self._slots += 1
-        self._unused -= end - start
+        if len(self.memslots) >= self._crowded:
+            await self._take_back()
+        while self.memslots.find(address >> PAGE_SHIFT) is None:
+            region = next(iter(self.primary.regions(address, address + 1)), None)
+            if region is None or self._unused < PAGE_SIZE:
+                return
+            before, after = self.memslots.neighbours(address)
+            window = address & -SLOT_SIZE
+            start = max(region.start, before, window)
+            end = min(region.end, after, window + SLOT_SIZE)
+            if end - start > self._unused:
+                start = address & -PAGE_SIZE
+                end = min(end, start + (self._unused & -PAGE_SIZE))
+            number, self._next = self._next, (self._next + 1) % MAX_SLOTS
+            self._unused -= end - start
+            try:
+                await self.set_user_memory_region(number, start, end - start, start)
+            except BaseException as error:
+                self._unused += end - start
+                if not isinstance(error, KvmError):
+                    raise
+                # Another task has taken a part of it, or an old slot has the number: once more.
+
+    async def _take_back(self) -> None:
+        """Delete the memslots of mappings that have gone; where none has, expect more of them."""
+        primary = self.primary
+        assert primary is not None
+        gone = [slot for slot in self.memslots if not any(primary.regions(slot.hva, slot.hva_end))]
+        for slot in gone:
+            await self.set_user_memory_region(slot.id, 0, 0)
+            self._unused += slot.hva_end - slot.hva
+        if len(gone) < self._crowded // 2:
+            self._crowded *= 2
 
     # ------------------------------------------------------------------ a recorded guest
 

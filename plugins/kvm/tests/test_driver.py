@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import pytest
 import structlog
+from anyio.lowlevel import checkpoint
 from structlog.testing import LogCapture
 
 import mmunotify as mn
 from mmunotify.model import Machine
 from mmunotify.model.check import GuestDriver
 from mmunotify_kvm import DRIVER
-from mmunotify_kvm.driver import KvmDriver
+from mmunotify_kvm.driver import CROWDED, KvmDriver
 from mmunotify_kvm.options import KvmOptions
 
 PAGE = mn.PAGE_SIZE
@@ -140,3 +142,42 @@ async def test_nothing_is_mapped_after_release() -> None:
         await mm.exit()
         assert driver.pages_4k == 0
         assert not driver.access(start)
+
+
+async def test_tasks_that_use_new_memory_at_once() -> None:
+    """Each makes a memslot or finds that another one has: all are served, and none overlaps."""
+    async with Machine(frames=256, swap=0) as machine:
+        mm = machine.new_mm()
+        driver = KvmDriver()
+        async with mm.attached(driver):
+            starts = [await mm.mmap((number + 1) * PAGE) for number in range(6)]
+            elsewhere = mm.notifiers.invalidating(mn.Range(1 << 20, (1 << 20) + PAGE))
+            async with elsewhere, anyio.create_task_group() as tasks:
+                for start in starts * 3:
+                    tasks.start_soon(driver.fault, start)
+                await checkpoint()
+                tasks.cancel_scope.cancel()
+            assert len(driver.memslots) == 0
+            async with anyio.create_task_group() as tasks:
+                for start in starts * 3:
+                    tasks.start_soon(driver.fault, start)
+            assert all(driver.access(start) for start in starts)
+            assert driver.pages_4k == 6
+
+
+async def test_memslots_of_mappings_that_are_gone_are_taken_back() -> None:
+    """A program that maps and unmaps for ever does not fill the machine with memslots."""
+    async with Machine(frames=64, swap=0) as machine:
+        mm = machine.new_mm()
+        driver = KvmDriver(KvmOptions(memory="4M"))
+        async with mm.attached(driver):
+            kept = await mm.mmap(PAGE)
+            await driver.fault(kept, write=True)
+            for number in range(3 * CROWDED):
+                start = await mm.mmap(4 * PAGE, addr=(1 << 40) + number * 8 * PAGE)
+                await driver.fault(start, write=True)
+                assert driver.access(start, write=True)
+                await mm.munmap(start, 4 * PAGE)
+            assert len(driver.memslots) <= CROWDED
+            assert driver.access(kept)
+            assert driver.counters["mmio"] == 0
