@@ -85,7 +85,7 @@ async def page_fault(
             if vcpu.overtaken is not None:
                 counters["false_retries"] += vcpu.overtaken == (gfn, found)
                 vcpu.overtaken = None
-            return direct_map(vm, vcpu, slot, gfn, found)
+            return direct_map(vm, vcpu, slot, gfn, found, write)
     except BadAddress:
         counters["efault"] += 1
         raise
@@ -155,9 +155,13 @@ def fast_page_fault(vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int) 
 
 
 def direct_map(
-    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, found: Translation
+    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, found: Translation, write: bool
 ) -> FaultResult:
-    """Map what was found; mmu_lock is held, and nothing has suspended since `retry` was asked."""
+    """Map what was found; mmu_lock is held, and nothing has suspended since `retry` was asked.
+
+    A small page goes into the vCPU's TLB as well: the access that faulted is done again at once,
+    unless the vCPU has a ring, which may be full now.
+    """
     counters = vm.counters
     host_writable = found.writable and not slot.flags & READONLY
     table, page = slot.table, gfn - slot.base
@@ -165,6 +169,8 @@ def direct_map(
     spte = PRESENT | ACCESSED | found.frame << FRAME_SHIFT
     if host_writable:
         spte |= WRITABLE | MMU_WRITABLE | HOST_WRITABLE
+        if write or vm.dirty_at_map:
+            spte |= DIRTY
     if found.size == PMD_SIZE:
         if vm.huge and can_be_huge(slot, gfn):
             return _map_huge(vm, slot, gfn, found, spte | LARGE)
@@ -187,7 +193,12 @@ def direct_map(
         vm.on_map(gfn, host_writable, False)
     primary = vm.primary
     assert primary is not None
-    used(primary, address, PAGE_SIZE, dirty=host_writable and vm.dirty_at_map)
+    primary.mark_young(address, address + PAGE_SIZE)
+    if host_writable and vm.dirty_at_map:
+        primary.set_dirty(address, address + PAGE_SIZE)
+    if found.size == PAGE_SIZE and vcpu.ring is None:
+        found.writable = spte & DIRTY != 0
+        vcpu.fill(gfn, found)
     if vm.prefetches and not vm.mmu.invalidate_in_progress:
         _prefetch(vm, slot, primary, gfn)
     return FaultResult.FIXED

@@ -72,13 +72,14 @@ class MmuNotifier(AtomicDriver):
 
     def invalidate_range_end(self, rng: Range) -> None:
         """Let faults in again."""
-        if self.memslots.overlapping(rng.start, rng.end):
-            mmu = self.mmu
+        mmu = self.mmu
+        # Without a section that met a memslot this one has not: they have not changed since.
+        if mmu.invalidate_in_progress and self.memslots.overlapping(rng.start, rng.end):
             with mmu.lock:
                 mmu.end()
         self.active -= 1
         assert self.active >= 0, f"{self.name}: a section ended that had not begun"
-        if not self.active and self._idle is not None:
+        if self._idle is not None and not self.active:
             self._idle.set()
             self._idle = None
 

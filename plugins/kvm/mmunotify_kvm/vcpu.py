@@ -110,10 +110,15 @@ class VCpu:
         found = slot.table.translation(page, marked, slot.address(gfn))
         if not marked & DIRTY:
             found.writable = False
-        if len(self.tlb) >= TLB_ENTRIES:
-            self.tlb.clear()
-        self.tlb[gfn] = found
+        self.fill(gfn, found)
         return found
+
+    def fill(self, gfn: int, found: Translation) -> None:
+        """Put a translation into the TLB, writable only if its entry is dirty already."""
+        tlb = self.tlb
+        if len(tlb) >= TLB_ENTRIES:
+            tlb.clear()
+        tlb[gfn] = found
 
     async def _miss(self, address: int, size: int, data: bytes | None) -> Translation:
         gfn = address >> PAGE_SHIFT
@@ -122,14 +127,16 @@ class VCpu:
         while True:
             if self.ring is not None and self.ring.soft_full:
                 raise DirtyRingFull(f"vCPU {self.id}: {len(self.ring)} of {self.ring.size} entries")
-            found = self.walk(gfn, write=write)
+            found = self.tlb.get(gfn) if tries else None
+            if found is None or (write and not found.writable):
+                found = self.walk(gfn, write=write)
             if found is not None:
                 return found
             result = await page_fault(self.vm, self, gfn, write=write)
             if result is FaultResult.EMULATE:
                 raise MmioExit(address, size, data)
+            tries += 1
             if result is FaultResult.RETRY:
-                tries += 1
                 await before_retry(self.vm, gfn, tries)
 
     def _offset(self, address: int, found: Translation) -> int:
