@@ -31,7 +31,7 @@ def test_faults_and_mappings_are_those_of_kvm(path: Path) -> None:
         f"{verdict.sequence} {verdict.operation}: {each.field} {each.expected} | {each.got}"
         for verdict in report.verdicts
         for each in verdict.disagreements
-        if each.field in {"gf", "gm"} and verdict.sequence != "g15-hugetlb"
+        if each.field in {"gf", "gm"}
     ]
     assert wrong == []
     compared = sum(tally.compared["gf"] for tally in report.kinds.values())
