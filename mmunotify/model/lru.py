@@ -156,8 +156,11 @@ class Lru:
         behind = tail - self._position[frame]
         if not 0 < behind < _BATCH or not word & fr.PG_LRU:
             return False
-        added = sum(log.tail for log in self._logs) - sum(self._drained)
-        return bool(behind <= min(added % _BATCH, tail - self._drained[which]))
+        if behind > tail - self._drained[which]:
+            return False
+        anon, active_anon, file, active_file = self._logs
+        added = anon.tail + active_anon.tail + file.tail + active_file.tail - sum(self._drained)
+        return bool(behind <= added % _BATCH)
 
     def drain(self) -> None:
         """Do all that was put off to be done in batches (lru_add_drain)."""

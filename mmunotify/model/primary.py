@@ -138,6 +138,8 @@ class ModelPrimary:
         """The entries of a few pages."""
         pt = self.mm.pt
         leaf = pt.leaves.get(first >> 9)
+        if leaf is not None and last - first == 1:
+            return [leaf.pte[first & 511]]
         if leaf is None or (last - 1) >> 9 != first >> 9:
             return [pt.get(page) for page in range(first, last)]
         found: list[int] = leaf.pte[first & 511 : ((last - 1) & 511) + 1].tolist()

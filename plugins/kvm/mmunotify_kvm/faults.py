@@ -131,7 +131,7 @@ def decide(
             return FaultResult.EMULATE
         if vm.fast_page_faults and fast_page_fault(vm, vcpu, slot, gfn):
             return FaultResult.FIXED
-    if vm.mmu.covered(gfn):
+    if vm.mmu.invalidate_in_progress and vm.mmu.covered(gfn):
         # A lookup would be in vain; asked without the lock, since it is only a saving.
         counters["retries"] += 1
         return FaultResult.RETRY
@@ -176,8 +176,7 @@ def direct_map(
             return _map_huge(vm, slot, gfn, found, spte | LARGE)
         spte += (address - found.address >> PAGE_SHIFT) << FRAME_SHIFT
         spte |= HOST_HUGE
-    old = table.entry(page)
-    if old:
+    if (table.leaf[page] & PRESENT or table.pages_2m) and (old := table.entry(page)):
         if (old | ACCESSED | DIRTY) == (spte | ACCESSED | DIRTY):
             table.leaf[page] = old | ACCESSED
             counters["spurious"] += 1

@@ -169,9 +169,12 @@ class MmuNotifier(AtomicDriver):
     def _age(self, start: int, end: int, *, clear: bool, flush: bool) -> bool:
         young = False
         for slot in self.memslots.overlapping(start, end):
+            table = slot.table
             first, last = _pages(slot, start, end)
             self.counters["aged"] += last - first
-            if slot.table.age(first, last, clear=clear):
+            if not table.pages_4k and not table.pages_2m:
+                continue
+            if table.age(first, last, clear=clear):
                 young = True
                 if flush:
                     self.mmu.flush(slot.base + first, slot.base + last)
