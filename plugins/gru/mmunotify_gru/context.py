@@ -66,7 +66,8 @@ class Context:
         self.gts: Final = gts
         self.dseg_bytes: Final = dseg
         self._free: Final = list(range(cbs))
-        self._queue: Final[deque[anyio.Event]] = deque()
+        """Control blocks that nobody uses; empty while somebody waits for one."""
+        self._queue: Final[deque[_Waiter]] = deque()
         self._closed = False
 
     def __repr__(self) -> str:
@@ -97,8 +98,7 @@ class Context:
         return bytes(cch.dseg[offset : offset + size])
 
     def _check(self, offset: int, size: int) -> None:
-        if self._closed:
-            raise ContextClosed(f"{self!r}: expected an open context")
+        self._expect_open()
         if not 0 <= offset <= offset + size <= self.dseg_bytes:
             raise ValueError(
                 f"[{offset}, +{size}): expected a part of a data segment of {self.dseg_bytes} bytes"
@@ -114,12 +114,16 @@ class Context:
         number = self._free.pop() if self._free else await self._wait_for_block()
         try:
             if self._closed:
-                raise ContextClosed(f"{self!r}: expected an open context")
+                self._expect_open()
             gts = self.gts
             if not gts.cbrs:
                 await self.gru.touch(gts)
             cbr = gts.cbrs[number]
-            cbr.start(instruction)
+            try:
+                cbr.start(instruction)
+            except BaseException:
+                cbr.abort()
+                raise
             if cbr.status is _IDLE:
                 return cbr.value, cbr.substatus
             return await self._finish(number)
@@ -130,11 +134,15 @@ class Context:
         """Have a control block begin, and go on without it; the block is taken until `wait`."""
         number = self._free.pop() if self._free else await self._wait_for_block()
         try:
-            if self._closed:
-                raise ContextClosed(f"{self!r}: expected an open context")
+            self._expect_open()
             if not self.gts.cbrs:
                 await self.gru.touch(self.gts)
-            self.gts.cbrs[number].start(instruction)
+            cbr = self.gts.cbrs[number]
+            try:
+                cbr.start(instruction)
+            except BaseException:
+                cbr.abort()
+                raise
         except BaseException:
             self._give_back(number)
             raise
@@ -142,6 +150,7 @@ class Context:
 
     async def _finish(self, number: int) -> tuple[int, Substatus]:
         """Wait for a block that has begun; stop it if that is cancelled."""
+        self._expect_open()
         gts = self.gts
         gts.get()
         try:
@@ -156,27 +165,31 @@ class Context:
             gts.drop()
 
     async def _wait_for_block(self) -> int:
-        while not self._free:
-            event = anyio.Event()
-            self._queue.append(event)
-            try:
-                await event.wait()
-            except BaseException:
-                if event.is_set():
-                    self._wake()
-                else:
-                    self._queue.remove(event)
-                raise
-        return self._free.pop()
+        """The block that somebody hands over; first come, first served."""
+        waiter = _Waiter()
+        self._queue.append(waiter)
+        try:
+            await waiter.event.wait()
+        except BaseException:
+            if waiter.number is None:
+                self._queue.remove(waiter)
+            else:
+                self._give_back(waiter.number)
+            raise
+        assert waiter.number is not None
+        return waiter.number
 
     def _give_back(self, number: int) -> None:
-        self._free.append(number)
         if self._queue:
-            self._wake()
+            waiter = self._queue.popleft()
+            waiter.number = number
+            waiter.event.set()
+        else:
+            self._free.append(number)
 
-    def _wake(self) -> None:
-        if self._queue:
-            self._queue.popleft().set()
+    def _expect_open(self) -> None:
+        if self._closed:
+            raise ContextClosed(f"{self!r}: expected an open context")
 
     # ------------------------------------------------------------------ memory and data segment
 
@@ -349,12 +362,14 @@ class Context:
 
         Whether it was loaded and nobody at work on it (GRU_USER_UNLOAD_CONTEXT).
         """
+        self._expect_open()
         gts = self.gts
         gts.gms.statistics.user_unload_context += 1
         return self.gru.evict(gts)
 
     def flush_tlb(self, start: int, end: int) -> None:
         """Drop translations of [start, end), in bytes, without cause (GRU_USER_FLUSH_TLB)."""
+        self._expect_open()
         gms = self.gts.gms
         gms.statistics.user_flush_tlb += 1
         gms.flush_tlb_range(start, end)
@@ -365,12 +380,24 @@ class Context:
         A context that is elsewhere is unloaded, now or by whoever is at work on it. Raises
         NoResources for a place that there is not.
         """
+        self._expect_open()
         gts = self.gts
         self.gru.check_place(blade, chiplet)
         gts.gms.statistics.set_context_option += 1
         gts.blade, gts.chiplet = blade, chiplet
         if gts.state is not None and not self.gru.well_placed(gts):
             self.gru.evict(gts)
+
+
+class _Waiter:
+    """Who waits for a control block."""
+
+    __slots__ = ("event", "number")
+
+    def __init__(self) -> None:
+        self.event: Final = anyio.Event()
+        self.number: int | None = None
+        """Once it is handed over."""
 
 
 class Operation:
@@ -384,6 +411,7 @@ class Operation:
     @property
     def status(self) -> CbStatus:
         """What the block says; ACTIVE while its context is not loaded."""
+        self._context._expect_open()
         cbrs = self._context.gts.cbrs
         return cbrs[self._number].status if cbrs else CbStatus.ACTIVE
 

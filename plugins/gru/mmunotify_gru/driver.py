@@ -12,13 +12,13 @@ Attached by `register` it is a device that replay can use. `Gru.open` gets it fo
 
 from __future__ import annotations
 
-from itertools import cycle
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from mmunotify import PAGE_SHIFT, PAGE_SIZE, PMD_SHIFT, AtomicDriver, BadAddress
 
 from . import events
 from .asids import MmAsid
+from .context import Context
 from .errors import ContextClosed, GruError, InstructionException
 from .faults import Faults
 from .flush import purges
@@ -26,13 +26,13 @@ from .gru import Gru
 from .gts import Gts
 from .hardware.cch import MissMode
 from .hardware.geometry import REGIONS, tag_of
-from .hardware.instructions import Cause, CbStatus, Exop, Instruction, Opcode, Xtype
+from .hardware.instructions import Cause, Exop, Instruction, Opcode, Xtype
 from .hardware.tgh import NOTHING
 from .options import GruOptions
 from .statistics import Statistics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from mmunotify import Primary, Range, Translation
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _HUGE: Final = 1 << PMD_SHIFT - PAGE_SHIFT
 _DEFAULTS: Final = GruOptions()
+_CBS: Final = 4
+_DSEG: Final = 1024
 
 
 # Members of an enum as globals: looked up in their class they cost more than the rest (3.11).
@@ -49,7 +51,6 @@ _VFLUSH: Final = Opcode.VFLUSH
 _OR: Final = Exop.OR
 _W: Final = Xtype.W
 _B: Final = Xtype.B
-_IDLE: Final = CbStatus.IDLE
 
 
 class GruDriver(AtomicDriver):
@@ -88,10 +89,8 @@ class GruDriver(AtomicDriver):
         self._dropped: Final[set[int]] = set()
         """Pages whose translations were dropped and not made again."""
         self._memory: Primary | None = None
-        self._used: list[Gts] = []
+        self._used: list[Context] = []
         """The contexts that `access` and `fault` use."""
-        self._turns: Iterator[Gts] | None = None
-        self._turn: Gts | None = None
         self._exited = False
 
     @property
@@ -130,9 +129,10 @@ class GruDriver(AtomicDriver):
             if gts.state is not None:
                 self.gru.unload(gts)
         self.faults.wake_all()
-        self._turns = None
         while self._used:
-            self._used.pop().drop()
+            context = self._used.pop()
+            context.close()
+            context.gts.drop()
         for state, tracker in [*self.asidmap.items()]:
             self._give_up(state, tracker, 0, 0)
         self._leave()
@@ -292,39 +292,31 @@ class GruDriver(AtomicDriver):
         }
 
     def access(self, address: int, *, write: bool = False) -> bool:
-        """Whether the next of the program's contexts has a translation that allows this."""
-        if self._turns is None:
+        """Whether the context that has to do with this page has a translation that allows this."""
+        used = self._used
+        if not used:
             return False
-        self._turn = gts = next(self._turns)
-        cch = gts.cch
+        cch = used[(address >> PAGE_SHIFT) % len(used)].gts.cch
         return (
             cch is not None
             and cch.chiplet.tlb.lookup(tag_of(cch.asid, address), address, write) is not None
         )
 
     async def fault(self, address: int, *, write: bool = False) -> None:
-        """Have the context that was asked last execute something that needs the translation.
+        """Have that context execute something that needs the translation.
 
-        A load is a flush of one cache line, and a store an atomic OR of nothing: no byte changes.
+        A load is a flush of one byte, and a store an atomic OR of nothing: no byte changes.
         """
         if self._exited:
             raise ContextClosed(f"{self.serves}: the address space has exited")
-        if self._turns is None:
+        if not self._used:
             self._open_contexts()
-        gts = self._turn
-        assert gts is not None
         if write:
-            instruction = Instruction(_GAMER, address & ~3, xtype=_W, exop=_OR, operand1=0)
+            instruction = Instruction(_GAMER, address & ~3, xtype=_W, exop=_OR)
         else:
             instruction = Instruction(_VFLUSH, address, xtype=_B)
-        if not gts.cbrs:
-            await self.gru.touch(gts)
-        cbr = gts.cbrs[0]
-        cbr.start(instruction)
-        if cbr.status is _IDLE:
-            return
         try:
-            await self.gru.wait(gts, 0)
+            await self._used[(address >> PAGE_SHIFT) % len(self._used)].execute(instruction)
         except InstructionException as stopped:
             if stopped.cause is not Cause.OS_FATAL_TLB_FAULT:
                 raise
@@ -339,15 +331,13 @@ class GruDriver(AtomicDriver):
             gts = Gts(
                 self,
                 f"{self.serves}/device{number}",
-                cbrs=2,
-                dseg=1024,
+                cbrs=_CBS,
+                dseg=_DSEG,
                 miss_mode=MissMode(self.options.miss),
                 preload=self.options.preload,
             )
             self.gru.try_load(gts)
-            self._used.append(gts)
-        self._turns = cycle(self._used)
-        self._turn = next(self._turns)
+            self._used.append(Context(self.gru, gts, _CBS, _DSEG))
 
 
 def _pages_of(huge: int) -> range:

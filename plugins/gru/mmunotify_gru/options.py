@@ -27,7 +27,7 @@ class GruOptions:
     """The options of the driver `gru`. Raises ValueError for one that is out of bounds."""
 
     contexts: int = attrs.field(default=2, validator=_at_least(1))
-    """How many contexts a replayed program has; its accesses go round them."""
+    """How many contexts a replayed program has; its pages are dealt out among them."""
     tlb: int = attrs.field(default=512, validator=_at_least(1))
     """Entries in the TLB of a chiplet."""
     blades: int = attrs.field(default=1, validator=_at_least(1))

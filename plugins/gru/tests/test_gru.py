@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import anyio
 import pytest
 import structlog
 from structlog.testing import LogCapture
@@ -56,19 +57,39 @@ async def test_is_a_device() -> None:
         assert [counters[name] for name in names] == [3, 1, 1, 1, 0]
 
 
-async def test_every_context_has_its_turn() -> None:
-    """Contexts on two chiplets have two TLBs, and accesses go round them."""
+async def test_every_context_has_its_pages() -> None:
+    """Contexts on two chiplets have two TLBs, and pages are dealt out among them."""
     async with Machine(frames=1 << 10) as machine:
         mm = machine.new_mm()
         heap = await mm.mmap(1 << 16)
         driver = GruDriver(GruOptions(contexts=2))
         async with mm.attached(driver):
-            hits = []
-            for _ in range(4):
-                hits.append(driver.access(heap))
-                if not hits[-1]:
-                    await driver.fault(heap)
-        assert hits == [False, False, True, True]
+            for page in range(8):
+                await driver.fault(heap + 4096 * page)
+                assert driver.access(heap + 4096 * page)
+            assert [chiplet.tlb.used for chiplet in driver.gru.chiplets] == [4, 4]
+
+
+@pytest.mark.parametrize("miss", ["interrupt", "poll"])
+async def test_faults_may_come_at_once(miss: str) -> None:
+    """More tasks than a context has control blocks; a cancelled one is in nobody's way."""
+    async with Machine(frames=1 << 10) as machine:
+        mm = machine.new_mm()
+        heap = await mm.mmap(1 << 16)
+        driver = GruDriver(GruOptions(contexts=1, miss=miss))
+        section = mn.Range(heap, heap + (1 << 16))
+        async with mm.attached(driver):
+            async with anyio.create_task_group() as tg, mm.notifiers.invalidating(section):
+                with anyio.CancelScope() as scope:
+                    async with anyio.create_task_group() as cancelled:
+                        cancelled.start_soon(driver.fault, heap)
+                        await anyio.wait_all_tasks_blocked()
+                        scope.cancel()
+                for page in range(16):
+                    tg.start_soon(driver.fault, heap + 4096 * page)
+                await anyio.wait_all_tasks_blocked()
+                assert driver.gru.chiplets[0].tlb.used == 0
+            assert all(driver.access(heap + 4096 * page) for page in range(16))
 
 
 async def test_leaves_nothing_behind() -> None:
