@@ -415,7 +415,7 @@ def test_instructions_in_a_storm(
 
 
 @pytest.mark.long
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     program=st.lists(steps(), min_size=1, max_size=12),
     miss=st.sampled_from(["interrupt", "poll"]),
@@ -442,7 +442,7 @@ def test_instructions_do_what_they_say(
 
 
 @pytest.mark.long
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     program=st.lists(steps(), min_size=1, max_size=12),
     miss=st.sampled_from(["interrupt", "poll"]),

@@ -32,8 +32,8 @@ class Tlb:
         """Tag to page number to entry."""
         self._huge: Final[dict[int, Table]] = {}
         """Tag to address >> PMD_SHIFT to entry."""
-        self._order: Final[deque[tuple[Table, int, Translation]]] = deque()
-        """Oldest first; entries that have gone otherwise are passed over."""
+        self._order: Final[deque[tuple[dict[int, Table], int, Table, int, Translation]]] = deque()
+        """Oldest first, with where each is; entries that have gone otherwise are passed over."""
 
     def lookup(self, tag: int, address: int, write: bool) -> Translation | None:
         """The entry that lets `address` be used, or None: a miss."""
@@ -60,20 +60,23 @@ class Tlb:
         if key not in table:
             if self.used >= self.entries:
                 self._evict()
+                table = tables.setdefault(tag, table)
             self.used += 1
         table[key] = entry
         order = self._order
-        order.append((table, key, entry))
+        order.append((tables, tag, table, key, entry))
         if len(order) > 4 * self.entries:
-            live = [item for item in order if item[0].get(item[1]) is item[2]]
+            live = [item for item in order if item[2].get(item[3]) is item[4]]
             order.clear()
             order.extend(live)
 
     def _evict(self) -> None:
         while True:
-            table, key, entry = self._order.popleft()
+            tables, tag, table, key, entry = self._order.popleft()
             if table.get(key) is entry:
                 del table[key]
+                if not table:
+                    del tables[tag]
                 self.used -= 1
                 return
 
@@ -102,8 +105,8 @@ class Tlb:
 
     def invalidate_tag(self, tag: int) -> tuple[Collection[int], Collection[int]]:
         """Drop everything of a tag; returns the small pages and the huge ones that it had."""
-        small = self._small.get(tag)
-        huge = self._huge.get(tag)
+        small = self._small.pop(tag, None)
+        huge = self._huge.pop(tag, None)
         pages = tuple(small) if small else ()
         large = tuple(huge) if huge else ()
         if small:
