@@ -54,6 +54,10 @@ _HEADER: Final[dict[str, tuple[type, str]]] = {
 }
 
 
+FORMAT: Final = 1
+"""The latest version that is understood. A file that does not say is of the first."""
+
+
 class Recording:
     """A recording to be read once. Raises RecordingError, which names file, line and column."""
 
@@ -123,6 +127,11 @@ class Recording:
         except ValueError as error:
             at = getattr(error, "colno", 1) + 1
             raise RecordingError(f"{where}:{at}: expected JSON after #: {error}") from None
+        version = fields.get("format", FORMAT)
+        if type(version) is not int or not 1 <= version <= FORMAT:
+            raise RecordingError(
+                f"{where}:2: expected 'format', a version up to {FORMAT}, found {version!r}"
+            )
         for key, (kind, meaning) in _HEADER.items():
             value = fields.get(key)
             if type(value) is not kind or (type(value) is int and value < 0):

@@ -204,6 +204,7 @@ def test_what_is_wrong_is_said_with_line_and_column(
         ),
         ("", r"prog.mmt:1:1: expected a line #{...}"),
         ("#{]", r"prog.mmt:1:3: expected JSON"),
+        ('#{"format": 2}', r"prog.mmt:1:2: expected 'format', a version up to 1, found 2"),
         ('#{"cmd": "prog"}', r"prog.mmt:1:2: expected 'cmd', a list of words, found 'prog'"),
         ('#{"cmd": ["prog"]}', r"expected 'wall_ms', milliseconds, found no such key"),
         ('#{"cmd": [], "wall_ms": true}', r"expected 'wall_ms', milliseconds, found True"),

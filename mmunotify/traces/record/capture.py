@@ -41,6 +41,8 @@ _NOTIFIER: Final = {
     "kmem/rss_stat": "curr == 0",
 }
 """What anybody does to memory that a VM has."""
+_GUEST: Final = ("kvmmmu/kvm_mmu_pagetable_walk", "kvmmmu/kvm_mmu_set_spte")
+"""What the guests of the program do; not every kernel tells."""
 
 
 @attrs.define
@@ -77,7 +79,8 @@ class Capture:
         """Bytes."""
         with ExitStack() as stack:
             calls = stack.enter_context(Instance(tracefs, f"{name}-calls", buffer_kib))
-            self._open(stack, calls, _PROGRAM, spool)
+            guest = [event for event in _GUEST if announcements and tracefs.has_event(event)]
+            self._open(stack, calls, _PROGRAM | dict.fromkeys(guest, ""), spool)
             self._calls: Final = calls
             if announcements:
                 notes = Instance(tracefs, f"{name}-notes", buffer_kib)

@@ -60,7 +60,7 @@ class Composer:
             ">": self._enter,
             "<": self._leave,
             "f": self._fault,
-            "F": self._kernel_fault,
+            "F": self._pair,
             "n": self._clone,
             "x": self._exec,
             "e": self._exit,
@@ -71,6 +71,8 @@ class Composer:
             "a": self._age,
             "t": self._test,
             "m": self._count,
+            "g": self._pair,
+            "s": self._pair,
         }
 
     def compose(self, batches: Iterable[Events], proceed: Callable[[], None]) -> None:
@@ -133,7 +135,7 @@ class Composer:
     def _fault(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
         return f" {values[0]:x} {values[1]:x} {values[2]:x}"
 
-    def _kernel_fault(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _pair(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
         return f" {values[0]:x} {values[1]:x}"
 
     def _clone(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:

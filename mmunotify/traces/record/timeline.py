@@ -25,7 +25,7 @@ _PAGES: Final = 1 << 10
 _CHUNK: Final = 1 << 18
 COLUMNS: Final = 7
 """How many numbers an event has at most."""
-_BYTES: Final = {"pid": 4, "mm_id": 4, "member": 4}
+_BYTES: Final = {"pid": 4, "mm_id": 4, "member": 4, "pferr": 4}
 """Fields that are not of 64 bits."""
 
 
@@ -50,6 +50,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     "kvm/kvm_unmap_hva_range": Kind("u", ("start", "end")),
     "kvm/kvm_age_hva": Kind("a", ("start", "end")),
     "kvm/kvm_test_age_hva": Kind("t", ("hva",)),
+    "kvmmmu/kvm_mmu_pagetable_walk": Kind("g", ("addr", "pferr")),
+    "kvmmmu/kvm_mmu_set_spte": Kind("s", ("gfn", "spte")),
     "kmem/rss_stat": Kind("m", ("mm_id", "member", "size")),
 }
 

@@ -14,14 +14,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import RecorderError
+from mmunotify.traces.recording import FORMAT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
     from typing import BinaryIO
 
-FORMAT: Final = 1
-"""The version of the format. A file that does not say is of the first."""
 _CHUNK: Final = 1 << 18
 _PRESET: Final = 3
 
