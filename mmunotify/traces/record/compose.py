@@ -59,7 +59,6 @@ class Composer:
         self._do: Final[dict[str, Callable[[int, int, list[int], str | None], str | None]]] = {
             ">": self._enter,
             "<": self._leave,
-            "f": self._fault,
             "F": self._pair,
             "n": self._clone,
             "x": self._exec,
@@ -88,6 +87,12 @@ class Composer:
                     self._started = self._starts(kind, tid, values)
                     if not self._started:
                         continue
+                if kind == "f":
+                    # Most events are of this kind.
+                    address, ip, code = values[:3]
+                    fault = f"f {tid} {address:x} {ip:x} {code:x}"
+                    self._entries.append((time // 1000, fault))
+                    continue
                 do = self._do.get(kind)
                 line = do(tid, len(self._entries), values, text) if do is not None else None
                 if line is not None:
@@ -131,9 +136,6 @@ class Composer:
         if call.name in _PLACERS and result < _ERRORS and arguments:
             self._mapped.add(result, result + arguments[_PLACERS[call.name]])
         return f" {call.name} {result:x}"
-
-    def _fault(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
-        return f" {values[0]:x} {values[1]:x} {values[2]:x}"
 
     def _pair(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
         return f" {values[0]:x} {values[1]:x}"

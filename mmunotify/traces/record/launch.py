@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import signal
+import warnings
 from typing import TYPE_CHECKING, Final
 
 from mmunotify.errors import RecorderError
@@ -38,7 +39,10 @@ class Command:
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         told, tell = os.pipe2(os.O_CLOEXEC)
         failed, self._failure = os.pipe2(os.O_CLOEXEC)
-        self.pid: Final = os.fork()
+        with warnings.catch_warnings():
+            # Of other threads: between fork and execve the child asks for none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid: Final = os.fork()
         if not self.pid:
             _become(self.path, words, environment, told, tell, self._failure)
         os.close(told)
