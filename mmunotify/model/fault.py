@@ -396,6 +396,8 @@ async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> i
     if index >= file.page_end:
         return f.VM_FAULT_SIGBUS
     frame, read = await file.page(index, _read_around(vma, index))
+    if frame < 0:
+        return f.VM_FAULT_SIGBUS
     major = f.VM_FAULT_MAJOR if read else 0
     waited = read and file.kind == "ext4" and not flags & f.FAULT_WRITE and vma.uffd is None
     if waited and _fault_around(mm, vma, page):

@@ -123,6 +123,18 @@ class File:
                 await self.split_folio(inside, max(first, folio.start))
                 if last is not None and last in self.folios and last != self.folios[last].start:
                     await self.split_folio(last, last)
+        # A fault on another page may have mapped one of these again meanwhile.
+        word = self.machine.frames.word
+        mapped = [0]
+        while mapped:
+            end = last if last is not None else 1 << 52
+            mapped = [
+                index
+                for index, frame in self.pages.items()
+                if first <= index < end and word[frame] & fr.MAP_MASK
+            ]
+            for index in mapped:
+                await self.unmap_mapping_range(index, index + 1, even_cows=False)
         self.drop_pages(first, last)
 
     def reaches_end(self, index: int) -> bool:
@@ -181,21 +193,19 @@ class File:
     async def page(self, index: int, around: tuple[int, int] | None = None) -> tuple[int, bool]:
         """The frame of a page, brought in if need be, and whether that took I/O.
 
-        `around` are the pages to read with it. Takes no reference: what it returns is good until
-        the caller suspends.
+        `around` are the pages to read with it. -1 if the file has become too short meanwhile. Takes
+        no reference: what it returns is good until the caller suspends.
         """
         frame = self.pages.get(index)
         if frame is not None:
             return frame, False
         if self.kind == "memfd":
-            slot = self.swapped.get(index)
             frame = await self.machine.alloc_frame()
-            if index in self.pages:
-                self.machine.frames.get(frame)
-                self.machine.frames.put(frame)
-                return self.pages[index], False
+            if index in self.pages or index >= self.page_end:
+                self.machine.frames.give_back(frame)
+                return self.pages.get(index, -1), False
+            slot = self.swapped.pop(index, None)
             if slot is not None:
-                del self.swapped[index]
                 self.machine.swap.read(slot, frame)
                 self.machine.swap.drop(slot)
                 self.machine.frames.word[frame] |= fr.PG_DIRTY
@@ -206,7 +216,7 @@ class File:
         await self.readahead(first, min(last, self.page_end))
         if index not in self.pages:
             await self.readahead(index, index + 1)
-        return self.pages[index], True
+        return self.pages.get(index, -1), True
 
     def closed(self, vma: Vma) -> None:
         """A mapping of it goes."""
@@ -221,9 +231,8 @@ class File:
                     await self.page(index)
                 continue
             frame = await self.machine.alloc_frame()
-            if index in self.pages:
-                self.machine.frames.get(frame)
-                self.machine.frames.put(frame)
+            if index in self.pages or index >= self.page_end:
+                self.machine.frames.give_back(frame)
                 continue
             data = self.machine.frames.data
             if data is not None and index in self.disk:
@@ -373,6 +382,8 @@ class File:
         while offset < end:
             index = offset >> PAGE_SHIFT
             frame, _ = await self.page(index, self._read_ahead(index, -(-end >> PAGE_SHIFT)))
+            if frame < 0:
+                break
             low = offset & _PAGE_BITS
             high = min(PAGE_SIZE, low + end - offset)
             contents = data.get(frame) if data is not None else None
@@ -409,6 +420,9 @@ class File:
             if self.kind == "ext4":
                 await self.readahead(index, index + 1)
             frame, _ = await self.page(index)
+            if frame < 0:
+                # Truncated while the page was awaited: the write makes it longer again.
+                continue
             if frames.data is not None:
                 contents = frames.data.setdefault(frame, bytearray(PAGE_SIZE))
                 contents[low:high] = data[at : at + high - low]
