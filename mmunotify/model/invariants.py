@@ -287,6 +287,10 @@ class _Watched:
     def look_up(self) -> None:
         """Check all that is held, then hold all that no open section covers."""
         mm, step = self.mm, self.checker.step
+        if not mm.users:
+            # It exits: release drops everything, and what goes after it goes unannounced.
+            self.held.clear()
+            return
         now: dict[int, tuple[int, bool]] = {}
         for page, entry in iter_present(mm, 0, 1 << 52):
             if entry & _COUNTED == _COUNTED and not entry & f.PTE_SPECIAL:
