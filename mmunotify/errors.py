@@ -29,6 +29,7 @@ MmuNotifyError
 │   ├── Livelock                       steps without end and without progress
 │   ├── InvariantViolated (AssertionError)  what must hold after every step did not
 │   ├── Nondeterminism                 one schedule, run twice, went two ways
+│   ├── BadExploration (ValueError)    a scenario or an option that cannot be explored
 │   ├── ScheduleMismatch (ValueError)  a schedule string that does not fit the scenario
 │   ├── NotExplorable (RuntimeError)   threads, sockets, processes, foreign event loops
 │   └── FaultInjected                  a fault point was told to fail
@@ -189,6 +190,10 @@ class InvariantViolated(ExplorerError, AssertionError):
 
 class Nondeterminism(ExplorerError):
     """The same schedule, run twice, did not do the same: the scenario has a hidden input."""
+
+
+class BadExploration(ExplorerError, ValueError):
+    """Something that is no scenario, or an option with a value that it cannot have."""
 
 
 class ScheduleMismatch(ExplorerError, ValueError):

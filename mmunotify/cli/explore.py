@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from importlib import import_module
 from inspect import iscoroutinefunction
@@ -12,7 +13,8 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mmunotify.testing.explore import DFS, PCT, Random, SleepSets
+from mmunotify.errors import BadExploration
+from mmunotify.testing.explore import DFS, PCT, Hypothesis, Random, SleepSets
 from mmunotify.testing.explore import explore as explore_scenario
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
     from mmunotify.testing.explore import Exploration, Strategy
 
+_OUTCOMES = 20
+"""How many are listed, the most frequent ones."""
+_FAIRNESS = 32
 _SHOW_EVERY = 50
 """How many schedules pass between two updates of the progress bar."""
 
@@ -28,7 +33,7 @@ def explore(
     scenario: str,
     /,
     *,
-    strategy: Literal["dfs", "sleep-sets", "random", "pct"] = "dfs",
+    strategy: Literal["dfs", "sleep-sets", "random", "pct", "hypothesis"] = "dfs",
     preemptions: int | None = None,
     seed: int = 0,
     depth: int = 3,
@@ -38,7 +43,7 @@ def explore(
     cancel: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     time: Literal["auto", "choice"] = "auto",
     fault: Annotated[dict[str, int] | None, Parameter(negative=())] = None,
-    fairness: int = 32,
+    fairness: int = _FAIRNESS,
 ) -> int:
     """Run async code under every schedule that matters, or replay one.
 
@@ -51,16 +56,16 @@ def explore(
     scenario
         MODULE:FUNCTION.
     strategy
-        Every schedule depth first, without the orders of steps that declare themselves independent,
-        at random, or by random priorities.
+        dfs: every schedule, depth first. sleep-sets: the same without the orders of steps that
+        declare themselves independent. random. pct: by random priorities. hypothesis: drawn by it.
     preemptions
-        Depth first: only schedules with at most so many preemptions.
+        With dfs: only schedules with at most so many preemptions.
     seed
-        Of the strategies that are random.
+        Of random and pct.
     depth
-        Of bugs that pct looks for: how many orders it takes.
+        With pct: how many orders of steps a bug takes.
     schedules
-        Stop after so many.
+        Stop after so many; random and pct after 10 000, hypothesis after 100, if nothing is said.
     seconds
         Stop after so long.
     replay
@@ -80,7 +85,10 @@ def explore(
         "sleep-sets": SleepSets,
         "random": lambda: Random(seed),
         "pct": lambda: PCT(depth, seed),
+        "hypothesis": lambda: Hypothesis(schedules or 100),
     }
+    if preemptions is not None and strategy != "dfs":
+        raise BadExploration(f"--preemptions: expected --strategy dfs, found {strategy}")
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -89,47 +97,72 @@ def explore(
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
     with bar:
         shown = bar.add_task(scenario, total=schedules, outcomes=0)
 
+        latest: Exploration | None = None
+
         def show(found: Exploration) -> None:
+            nonlocal latest
+            latest = found
             if found.schedules % _SHOW_EVERY == 0:
                 bar.update(shown, completed=found.schedules, outcomes=len(found.outcomes))
 
-        found = explore_scenario(
-            function,
-            strategy=chosen[strategy](),
-            schedules=schedules,
-            seconds=seconds,
-            replay=replay,
-            cancel=cancel,
-            time=time,
-            faults=fault,
-            fairness=fairness,
-            progress=show,
-        )
+        try:
+            found = explore_scenario(
+                function,
+                strategy=chosen[strategy](),
+                schedules=schedules,
+                seconds=seconds,
+                replay=replay,
+                cancel=cancel,
+                time=time,
+                faults=fault,
+                fairness=fairness,
+                progress=show,
+            )
+        except KeyboardInterrupt:
+            print(f"interrupted: {latest}" if latest else "interrupted in the first schedule")
+            raise
     print(found)
-    for outcome, times in sorted(found.outcomes.items(), key=lambda item: -item[1]):
-        print(f"{times:10} times {outcome!r}")
+    by_number = sorted(found.outcomes.items(), key=lambda item: -item[1])
+    for outcome, times in by_number[:_OUTCOMES]:
+        print(f"{times:10} x {outcome!r}")
+    if len(by_number) > _OUTCOMES:
+        print(f"           and {len(by_number) - _OUTCOMES} other outcomes")
     if found.failure is None:
         return 0
-    print(f"\n{found.failure}")
+    again = ["mmunotify", "explore", scenario, "--replay", found.failure.schedule]
+    again += [word for task in cancel for word in ("--cancel", task)]
+    again += [word for name, n in (fault or {}).items() for word in (f"--fault.{name}", str(n))]
+    again += ["--time", time] if time != "auto" else []
+    again += ["--fairness", str(fairness)] if fairness != _FAIRNESS else []
+    print(f"\n{found.failure.report(shlex.join(again))}")
     return 1
 
 
 def _load(scenario: str) -> Callable[[], Coroutine[Any, Any, Any]]:
-    module, colon, function = scenario.partition(":")
-    if not (module and colon and function):
-        raise ValueError(f"{scenario!r} names no scenario: expected MODULE:FUNCTION")
+    name, colon, function = scenario.partition(":")
+    if not (name and colon and function):
+        raise BadExploration(f"{scenario!r} names no scenario: expected MODULE:FUNCTION")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: Any = import_module(module)
-    for name in function.split("."):
-        if not hasattr(found, name):
-            raise ValueError(f"{module} has no {function!r}: expected MODULE:FUNCTION")
-        found = getattr(found, name)
+    try:
+        found: Any = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        hint = ", without the .py" if name.endswith(".py") else ""
+        raise BadExploration(
+            f"there is no module {name!r}, here or installed: expected MODULE:FUNCTION{hint}"
+        ) from None
+    for part in function.split("."):
+        if not hasattr(found, part):
+            raise BadExploration(f"{name} has no {function!r}: expected MODULE:FUNCTION")
+        found = getattr(found, part)
     if not iscoroutinefunction(found):
-        raise ValueError(f"{scenario} is {found!r}: expected a function of `async def`")
+        raise BadExploration(f"{scenario} is no scenario: expected a function of `async def`")
     scenario_function: Callable[[], Coroutine[Any, Any, Any]] = found
     return scenario_function

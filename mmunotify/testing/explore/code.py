@@ -38,3 +38,9 @@ def shown(filename: str) -> str:
     """The file as it is shown."""
     relative = os.path.relpath(filename)
     return filename if relative.startswith("..") else relative
+
+
+def named(function: object) -> str:
+    """The name of a function, without those it is local to."""
+    name = getattr(function, "__qualname__", None) or repr(function)
+    return str(name).rpartition("<locals>.")[2]

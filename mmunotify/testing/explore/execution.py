@@ -19,6 +19,7 @@ from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from mmunotify.errors import (
+    BadExploration,
     Deadlock,
     InvariantViolated,
     Livelock,
@@ -27,6 +28,7 @@ from mmunotify.errors import (
     NotExplorable,
 )
 
+from .code import named
 from .scopes import is_cancelled
 from .task import Task
 from .traps import (
@@ -124,7 +126,12 @@ class Execution:
         `NotExplorable`, and whatever `choose` raises.
         """
         running.execution = self
-        Task(scenario(), "main", _main)
+        coro = scenario()
+        if type(coro) is not CoroutineType:
+            raise BadExploration(
+                f"{named(scenario)} returned {coro!r}: expected a function of `async def`"
+            )
+        Task(coro, "main", _main)
         try:
             self._loop()
         except BaseException:
@@ -345,9 +352,9 @@ class Execution:
             except MmuNotifyError:
                 raise
             except Exception as error:
-                raise InvariantViolated(f"{_named(check)}: {error}") from error
+                raise InvariantViolated(f"{named(check)}: {error}") from error
             if holds is False:
-                raise InvariantViolated(f"{_named(check)} is False")
+                raise InvariantViolated(f"{named(check)} is False")
 
     def _nothing_can_run(self) -> int:
         """Let somebody be able to run and return `_NOBODY`, or `_OVER`."""
@@ -394,8 +401,11 @@ class Execution:
         if task is self.tasks[0] and task.name not in self.settings.cancel:
             return
         names = (self.name(task), task.name)
-        if any(fnmatchcase(name, wanted) for wanted in self.settings.cancel for name in names):
-            self.targets = [*self.targets, task]
+        for wanted in self.settings.cancel:
+            if any(fnmatchcase(name, wanted) for name in names):
+                self.settings.unmatched.discard(wanted)
+                self.targets = [*self.targets, task]
+                return
 
     def wake(self, task: Task) -> bool:
         """Let a parked task run; False when it was not parked (any more)."""
@@ -482,7 +492,3 @@ class Execution:
         """The task's name, numbered if tasks before it have the same."""
         before = sum(other.name == task.name for other in self.tasks[: task.number])
         return f"{task.name}#{before + 1}" if before else task.name
-
-
-def _named(check: Callable[[], object]) -> str:
-    return getattr(check, "__qualname__", None) or repr(check)

@@ -27,11 +27,15 @@ class Failure:
         """The class of the error."""
         return type(self.error).__name__
 
-    def __str__(self) -> str:
+    def report(self, again: str) -> str:
+        """What went wrong, the picture, and `again`, which is what shows it again."""
         return (
-            f"{self.kind}: {self.error}\n\n{self.picture}\n\nschedule {self.number}; to see it "
-            f"again: replay={self.schedule!r}"
+            f"{self.kind}: {self.error}\n\n{self.picture}\n\n"
+            f"schedule {self.number}; to see it again: {again}"
         )
+
+    def __str__(self) -> str:
+        return self.report(f"replay={self.schedule!r}")
 
 
 @attrs.define
@@ -55,6 +59,8 @@ class Exploration:
     """Whether the strategy tried all that it would ever try."""
     bounds: tuple[str, ...] = ()
     """What was left out by bounds on what is tried."""
+    unmatched: tuple[str, ...] = ()
+    """Options `cancel` and `faults` that had no effect: nothing in the scenario is named so."""
     pruned: int = 0
     """Executions that were given up because all that follows was known."""
     seconds: float = 0.0
@@ -68,7 +74,18 @@ class Exploration:
     def __str__(self) -> str:
         extent = "exhausted" if self.exhausted else "not exhausted"
         within = f" within {', '.join(self.bounds)}" if self.bounds else ""
-        return (
-            f"{self.strategy}{within}: {self.schedules} schedules, {extent}; {self.states} states, "
-            f"{len(self.outcomes)} outcomes, {self.failures} failures, {self.seconds:.3g} s"
+        counts = ", ".join(
+            (
+                _counted(self.states, "state"),
+                _counted(len(self.outcomes), "outcome"),
+                _counted(self.failures, "failure"),
+                f"{self.seconds:.3g} s",
+            )
         )
+        missed = "".join(f"; {option} met nothing of that name" for option in self.unmatched)
+        schedules = _counted(self.schedules, "schedule")
+        return f"{self.strategy}{within}: {schedules}, {extent}; {counts}{missed}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

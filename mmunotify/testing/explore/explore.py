@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from inspect import iscoroutine, signature
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from mmunotify.errors import Nondeterminism, ScheduleMismatch
+from mmunotify.errors import BadExploration, Nondeterminism, ScheduleMismatch
 
 from . import atomic
 from .anyio_parts import running as running_as
 from .backend import ExplorerBackend
+from .code import named
 from .execution import Execution
 from .exploration import Exploration, Failure
+from .generators import closed_when_dropped
 from .interleaving import Recorder
 from .schedule import encode
 from .settings import Path, Pruned, Settings, Watcher
 from .shrink import shrink
-from .strategies import DFS, PCT, Random, Replay, Strategy
+from .strategies import DFS, PCT, Hypothesis, Random, Replay, SleepSets, Strategy
 from .traps import running
 from .twice import Trace
 
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
 
 STRATEGIES: Final[Mapping[str, Callable[[], Strategy]]] = {
     "dfs": DFS,
+    "sleep-sets": SleepSets,
     "random": Random,
     "pct": PCT,
+    "hypothesis": Hypothesis,
 }
 _ENDLESS: Final = 10_000
 _STEPS_OF_SHRINKING: Final = 2_000_000
-_OTHERS_BUSINESS: Final = (KeyboardInterrupt, SystemExit, ScheduleMismatch)
+_OTHERS_BUSINESS: Final = (KeyboardInterrupt, SystemExit, ScheduleMismatch, BadExploration)
 
 
 def explore(
@@ -61,8 +66,8 @@ def explore(
     hold, and returns what is to be counted as its outcome (hashable). It is plain anyio code; time
     is virtual, and threads, sockets, processes and signals are refused.
 
-    - `strategy`: `"dfs"` (every schedule), `"random"`, `"pct"`, or a `Strategy`. With `replay`, one
-      schedule that a failure has printed.
+    - `strategy`: `"dfs"` (every schedule), `"sleep-sets"`, `"random"`, `"pct"`, `"hypothesis"`, or
+      a `Strategy`. With `replay`, one schedule that a failure has printed.
     - `schedules`, `seconds`: when to stop; an endless strategy stops after 10 000 schedules if
       neither is given.
     - `cancel`: tasks, by name or `fnmatch` pattern (True: all but the scenario's own), that may be
@@ -82,14 +87,24 @@ def explore(
     Fails as `Exploration.failure` with the error that was raised, `Deadlock`, `Livelock`,
     `InvariantViolated`, `Nondeterminism`, `NotExplorable`, or, when lockdep is on, with
     `ScheduleWhileAtomic` for a task that suspends with a spinlock held; `.check()` raises it.
-    Raises `ScheduleMismatch` when `replay` does not fit the scenario, and `NotExplorable` inside an
-    event loop.
+    Raises `ScheduleMismatch` when `replay` does not fit the scenario, `BadExploration` for what is
+    no scenario or no value of an option, and `NotExplorable` inside an event loop.
     """
+    _must_be_callable(scenario)
+    numbers = {"schedules": schedules, "seconds": seconds, "steps": steps, "stall": stall}
+    for option, value in {**numbers, "fairness": fairness}.items():
+        if value is not None and value <= 0:
+            raise BadExploration(f"{option}={value}, expected a number above 0")
+    for option, value in {"verify": verify, **(faults or {})}.items():
+        if value < 0:
+            raise BadExploration(f"{option}={value}, expected a number from 0 on")
+    if time not in ("auto", "choice"):
+        raise BadExploration(f"time={time!r}, expected 'auto' or 'choice'")
     if replay is not None:
         strategy = Replay(replay)
     elif isinstance(strategy, str):
         if strategy not in STRATEGIES:
-            raise ValueError(f"strategy={strategy!r}, expected one of {', '.join(STRATEGIES)}")
+            raise BadExploration(f"strategy={strategy!r}, expected one of {', '.join(STRATEGIES)}")
         strategy = STRATEGIES[strategy]()
     if schedules is None and seconds is None and strategy.endless:
         schedules = _ENDLESS
@@ -99,6 +114,7 @@ def explore(
         cancel=_patterns(cancel),
         time=time,
         faults=faults or {},
+        unmatched={*_patterns(cancel), *(faults or {})},
         steps=steps,
         stall=stall,
         fairness=fairness,
@@ -110,7 +126,7 @@ def explore(
     search = Search(
         scenario, strategy, settings, schedules, seconds, verify, stop, progress, bool(lockdep)
     )
-    with running_as(ExplorerBackend), running.one_at_a_time():
+    with running_as(ExplorerBackend), running.one_at_a_time(), closed_when_dropped():
         return search.run()
 
 
@@ -154,6 +170,11 @@ class Search:
                 atomic.forget()
             found.seconds = perf_counter() - self._begun
         found.bounds += strategy.bounds
+        unmatched = self.settings.unmatched
+        found.unmatched = (
+            *(f"cancel={name!r}" for name in self.settings.cancel if name in unmatched),
+            *(f"faults={name!r}" for name in self.settings.faults if name in unmatched),
+        )
         return found
 
     def attempt(self, path: Path) -> bool:
@@ -259,6 +280,22 @@ class Search:
         error = Nondeterminism(f"the schedule {encode(choices)!r}, run twice, differs {difference}")
         found.failure = found.failure or Failure(error, encode(choices), "", found.schedules)
         return not self.stop
+
+
+def _must_be_callable(scenario: object) -> None:
+    """Raise `BadExploration` for what cannot be called without arguments."""
+    name = named(scenario)
+    if iscoroutine(scenario):
+        scenario.close()
+        raise BadExploration(f"{name}() can run once: expected the function itself, {name}")
+    if not callable(scenario):
+        raise BadExploration(f"{scenario!r} is no scenario: expected a function of `async def`")
+    try:
+        signature(scenario).bind()
+    except TypeError as error:
+        raise BadExploration(f"{name} is called without arguments: {error}") from None
+    except ValueError:
+        pass  # It has no signature.
 
 
 def _patterns(cancel: bool | str | Iterable[str]) -> tuple[str, ...]:

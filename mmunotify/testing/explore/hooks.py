@@ -70,6 +70,8 @@ def fault_point(name: str, error: Callable[[], BaseException] | None = None) -> 
         execution.faults = dict(execution.settings.faults)
     budget = execution.faults
     for pattern, left in budget.items():
+        if fnmatchcase(name, pattern):
+            execution.settings.unmatched.discard(pattern)
         if left and fnmatchcase(name, pattern):
             if execution.decide(f"fault point {name!r}", 2, ("goes well", "fails")):
                 budget[pattern] = left - 1

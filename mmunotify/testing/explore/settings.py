@@ -57,6 +57,8 @@ class Settings:
     """The same for the choices that a step makes itself."""
     every_step: bool = False
     """Whether a step without an alternative is a choice as well, of one."""
+    unmatched: set[str] = attrs.Factory(set)
+    """Patterns of `cancel` and `faults` that no task and no fault point has matched so far."""
     checks: Sequence[Callable[[], object]] = ()
     """Called after every step; to raise or to return False is a failure."""
     watcher: Watcher | None = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmunotify.errors import BadExploration
+
 from .base import Strategy
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ class DFS(Strategy):
 
     def __init__(self, preemptions: int | None = None) -> None:
         if preemptions is not None and preemptions < 0:
-            raise ValueError(f"preemptions={preemptions}, expected a number from 0 on, or None")
+            raise BadExploration(f"preemptions={preemptions}, expected a number from 0 on, or None")
         self.preemptions = preemptions
         self._begun = False
         self._cut = False

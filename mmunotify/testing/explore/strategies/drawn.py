@@ -7,6 +7,7 @@ from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING, Final
 
+from mmunotify.errors import BadExploration
 from mmunotify.testing.explore.settings import Path
 
 from .base import Strategy
@@ -77,6 +78,8 @@ class Hypothesis(Strategy):
     """
 
     def __init__(self, examples: int = 100) -> None:
+        if examples < 1:
+            raise BadExploration(f"examples={examples}, expected at least 1")
         self.examples = examples
         self.decide = self.choose
         self._drawn: Drawn | None = None

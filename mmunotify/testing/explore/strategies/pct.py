@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random as Generator
 from typing import TYPE_CHECKING, Final
 
+from mmunotify.errors import BadExploration
 from mmunotify.testing.explore.traps import running
 
 from .base import Strategy
@@ -30,7 +31,7 @@ class PCT(Strategy):
 
     def __init__(self, depth: int = 3, seed: int = 0) -> None:
         if depth < 1:
-            raise ValueError(f"depth={depth}, expected at least 1")
+            raise BadExploration(f"depth={depth}, expected at least 1")
         self.depth = depth
         self.seed = seed
         self._random = Generator(seed)
