@@ -42,7 +42,7 @@ def explore(
     replay: str | None = None,
     cancel: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     time: Literal["auto", "choice"] = "auto",
-    fault: Annotated[dict[str, int] | None, Parameter(negative=())] = None,
+    fault: Annotated[tuple[str, ...], Parameter(negative=())] = (),
     fairness: int = _FAIRNESS,
 ) -> int:
     """Run async code under every schedule that matters, or replay one.
@@ -75,7 +75,8 @@ def explore(
     time
         Whether the clock moves only when nothing can run, or at any step.
     fault
-        `--fault.NAME N`: how often the fault point NAME may fail in an execution.
+        NAME or NAME=N: a fault point, by name or pattern, that may fail once, or N times in an
+        execution; may be given again.
     fairness
         Steps in a row after which a task has to let others run.
     """
@@ -119,7 +120,7 @@ def explore(
                 replay=replay,
                 cancel=cancel,
                 time=time,
-                faults=fault,
+                faults=dict(map(_budget, fault)),
                 fairness=fairness,
                 progress=show,
             )
@@ -136,11 +137,18 @@ def explore(
         return 0
     again = ["mmunotify", "explore", scenario, "--replay", found.failure.schedule]
     again += [word for task in cancel for word in ("--cancel", task)]
-    again += [word for name, n in (fault or {}).items() for word in (f"--fault.{name}", str(n))]
+    again += [word for point in fault for word in ("--fault", point)]
     again += ["--time", time] if time != "auto" else []
     again += ["--fairness", str(fairness)] if fairness != _FAIRNESS else []
     print(f"\n{found.failure.report(shlex.join(again))}")
     return 1
+
+
+def _budget(fault: str) -> tuple[str, int]:
+    name, equals, times = fault.partition("=")
+    if not name or (equals and not times.isdigit()):
+        raise BadExploration(f"--fault {fault}: expected NAME or NAME=N")
+    return name, int(times or 1)
 
 
 def _load(scenario: str) -> Callable[[], Coroutine[Any, Any, Any]]:

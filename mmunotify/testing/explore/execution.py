@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from asyncio import CancelledError
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from heapq import heappop, heappush
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -54,6 +55,9 @@ _NOBODY: Final = -1
 _OVER: Final = -2
 _LAST_WORDS: Final = 100
 """How often a task that is closed may await in its finally blocks before it is let go."""
+
+
+_matches: Final = lru_cache(fnmatchcase)
 
 
 class _Main:
@@ -400,9 +404,8 @@ class Execution:
         """
         if task is self.tasks[0] and task.name not in self.settings.cancel:
             return
-        names = (self.name(task), task.name)
         for wanted in self.settings.cancel:
-            if any(fnmatchcase(name, wanted) for name in names):
+            if _matches(task.name, wanted) or ("#" in wanted and _matches(self.name(task), wanted)):
                 self.settings.unmatched.discard(wanted)
                 self.targets = [*self.targets, task]
                 return

@@ -29,10 +29,8 @@ class Failure:
 
     def report(self, again: str) -> str:
         """What went wrong, the picture, and `again`, which is what shows it again."""
-        return (
-            f"{self.kind}: {self.error}\n\n{self.picture}\n\n"
-            f"schedule {self.number}; to see it again: {again}"
-        )
+        what = f"{self.kind}: {self.error}".removesuffix(": ")
+        return f"{what}\n\n{self.picture}\n\nschedule {self.number}; to see it again: {again}"
 
     def __str__(self) -> str:
         return self.report(f"replay={self.schedule!r}")
