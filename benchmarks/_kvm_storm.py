@@ -45,6 +45,12 @@ async def storm(pages: int, loops: int) -> dict[str, int]:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(run_guest, machine, vm.vcpus[0], pages, loops)
                 tasks.start_soon(run_process, machine.new_mm("process"), pages, loops)
+            # The guest is where it should be, and so is every page of its memory.
+            assert vm.counters["faults"] >= vm.counters["installed"] >= pages * loops // 2
+            assert vm.pages_4k == vm.counters["installed"] - vm.counters["mapped"]
+            assert (vm.active, vm.mmu.invalidate_in_progress) == (0, 0)
+        await guest.exit()
+        assert machine.swap.used == 0
         return dict(vm.counters)
 
 

@@ -68,29 +68,46 @@ async def page_fault(
     counters["faults"] += 1
     if vm.on_fault is not None:
         vm.on_fault(gfn, write)
+    result = None
     index = vm.srcu.read_lock()
     try:
         slot = vm.memslots.find(gfn)
-        decided = decide(vm, vcpu, slot, gfn, write)
-        if slot is None or decided is not None:
-            return decided or FaultResult.RETRY
-        mmu = vm.mmu
-        seq = mmu.invalidate_seq
-        found = await vm.lookup(slot.address(gfn), write)
-        with mmu.lock:
-            if mmu.retry(seq, gfn):
-                counters["retries"] += 1
-                vcpu.overtaken = (gfn, found)
-                return FaultResult.RETRY
-            if vcpu.overtaken is not None:
-                counters["false_retries"] += vcpu.overtaken == (gfn, found)
-                vcpu.overtaken = None
-            return direct_map(vm, vcpu, slot, gfn, found, write)
+        result = decide(vm, vcpu, slot, gfn, write)
+        if result is None and slot is not None:
+            mmu = vm.mmu
+            seq = mmu.invalidate_seq
+            found = await vm.lookup(slot.address(gfn), write)
+            with mmu.lock:
+                result = _map_or_retry(vm, vcpu, slot, gfn, found, write, seq)
+        assert result is not None
+        return result
     except BadAddress:
         counters["efault"] += 1
         raise
     finally:
         vm.srcu.read_unlock(index)
+        if vm.trace:
+            vm.trace_fault(vcpu, gfn, write, result)
+
+
+def _map_or_retry(
+    vm: VirtualMachine,
+    vcpu: VCpu,
+    slot: MemorySlot,
+    gfn: int,
+    found: Translation,
+    write: bool,
+    seq: int,
+) -> FaultResult:
+    """What was found since `seq` is mapped, or worthless; mmu_lock is held."""
+    if vm.mmu.retry(seq, gfn):
+        vm.counters["retries"] += 1
+        vcpu.overtaken = (gfn, found)
+        return FaultResult.RETRY
+    if vcpu.overtaken is not None:
+        vm.counters["false_retries"] += vcpu.overtaken == (gfn, found)
+        vcpu.overtaken = None
+    return direct_map(vm, vcpu, slot, gfn, found, write)
 
 
 async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False) -> FaultResult:

@@ -1,4 +1,7 @@
-"""What a virtual machine writes to the log: names and keys of its events."""
+"""What a virtual machine writes to the log: names and keys of its events.
+
+Those at debug are many, and written only while `VirtualMachine.trace` is True.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,24 @@ UNBALANCED: Final = define_event(
     "warning",
     "driver sections",
     "The machine was unregistered inside of this many sections, whose end it is not told.",
+)
+PAGE_FAULT: Final = define_event(
+    "kvm_page_fault",
+    "debug",
+    "driver vcpu gfn write result",
+    "A page fault was served (`retry`, `fixed`, `spurious`, `emulate`, `efault`); while traced.",
+)
+UNMAPPED: Final = define_event(
+    "kvm_unmapped",
+    "debug",
+    "driver start end pages in_progress",
+    "An invalidation of host addresses took this many mapped pages from the guest; while traced.",
+)
+AGED: Final = define_event(
+    "kvm_aged",
+    "debug",
+    "driver start end young",
+    "Whether the guest had used these host addresses was asked; while traced.",
 )
 RELEASED: Final = define_event(
     "kvm_released",

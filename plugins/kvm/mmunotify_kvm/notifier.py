@@ -19,7 +19,7 @@ import anyio
 from mmunotify import ADDRESS_END, PAGE_SHIFT, PAGE_SIZE, AtomicDriver, Log
 
 from .counters import new_counters
-from .log import RELEASED, UNBALANCED
+from .log import AGED, RELEASED, UNBALANCED, UNMAPPED
 from .memslots import Memslots
 from .mmu import Mmu
 
@@ -46,6 +46,8 @@ class MmuNotifier(AtomicDriver):
         """The set in use. Read it under SRCU, or where nothing suspends."""
         self.active = 0
         """Sections that are open, meeting a memslot or not (mn_active_invalidate_count)."""
+        self.trace = False
+        """Write an event for every page fault, zap and question of age."""
         self.dirty_at_map = True
         self.pfn_caches: Final[list[GfnToPfnCache]] = []
         self._idle: anyio.Event | None = None
@@ -104,6 +106,9 @@ class MmuNotifier(AtomicDriver):
             zapped += self.zap(slot, first, last)
         counters = self.counters
         counters["zaps"] += 1
+        if self.trace:
+            progress = mmu.invalidate_in_progress
+            self._log.emit(UNMAPPED, start=start, end=end, pages=zapped, in_progress=progress)
         if zapped:
             counters["mapped"] += zapped
             counters["flushes"] += 1
@@ -180,6 +185,8 @@ class MmuNotifier(AtomicDriver):
                     self.mmu.flush(slot.base + first, slot.base + last)
         if young:
             self.counters["young"] += 1
+        if self.trace:
+            self._log.emit(AGED, start=start, end=end, young=young)
         return young
 
     # ------------------------------------------------------------------ the end

@@ -31,7 +31,7 @@ from mmunotify import (
 from .dirty import RESERVED, DirtyBitmap, DirtyRing
 from .errors import KvmError
 from .faults import FaultResult, can_be_huge, resolve, used
-from .log import MEMSLOT_CHANGED, SLOTS_WAITED
+from .log import MEMSLOT_CHANGED, PAGE_FAULT, SLOTS_WAITED
 from .memslots import (
     INVALID,
     LOG_DIRTY_PAGES,
@@ -382,6 +382,11 @@ class VirtualMachine(MmuNotifier):
                 self.zap(slot, start, start + NR)
 
     # ------------------------------------------------------------------ the guest's memory
+
+    def trace_fault(self, vcpu: VCpu, gfn: int, write: bool, result: FaultResult | None) -> None:
+        """Write down how a page fault ended; None: the host has no page."""
+        name = "efault" if result is None else result.name.lower()
+        self._log.emit(PAGE_FAULT, vcpu=vcpu.id, gfn=gfn, write=write, result=name)
 
     def lookup(self, address: int, write: bool) -> Awaitable[Translation]:
         """Ask the primary MMU for a page of the host; may suspend, may announce to this machine.

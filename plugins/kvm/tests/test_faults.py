@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
+import structlog
 from anyio.lowlevel import checkpoint
+from structlog.testing import LogCapture
 
 import mmunotify as mn
 from mmunotify.model.flags import PROT_READ
+from mmunotify_kvm.errors import MmioExit
 from mmunotify_kvm.faults import FaultResult, page_fault
 from mmunotify_kvm.memslots import LOG_DIRTY_PAGES
 
@@ -188,3 +191,45 @@ async def test_counters_and_lock_hold(boot: Boot) -> None:
         counters = guest.vm.counters
         assert 0 < counters["lock_longest_ns"] <= counters["lock_ns"]
         assert not guest.vm.mmu.lock.locked
+
+
+async def test_what_is_traced(boot: Boot) -> None:
+    """While a machine is traced each fault, zap and question of age is an event of the log."""
+    captured = LogCapture()
+    logger = structlog.wrap_logger(None, processors=[captured])
+    async with boot(4, vm={"logger": logger, "name": "vm7"}) as guest:
+        vm, vcpu = guest.vm, guest.vm.vcpus[0]
+        await vcpu.load(PAGE)
+        assert [line["event"] for line in captured.entries] == ["kvm_memslot_changed"]
+        captured.entries.clear()
+        vm.trace = True
+        await vcpu.load(0)
+        await vcpu.store(0, b"\1")
+        guest.mm.notifiers.clear_flush_young(guest.base, guest.base + PAGE)
+        await guest.mm.munmap(guest.base, PAGE)
+        with pytest.raises(mn.BadAddress):
+            await vcpu.load(0)
+        with pytest.raises(MmioExit):
+            await vcpu.load(9 * PAGE)
+        vm.trace = False
+    kinds = {
+        "kvm_page_fault": ("gfn", "write", "result"),
+        "kvm_unmapped": ("start", "pages"),
+        "kvm_aged": ("start", "young"),
+    }
+    seen = [
+        (line["event"].removeprefix("kvm_"), *(line[key] for key in kinds[line["event"]]))
+        for line in captured.entries
+        if line["event"] in kinds
+    ]
+    assert seen == [
+        ("page_fault", 0, False, "fixed"),
+        ("unmapped", guest.base, 1),
+        ("page_fault", 0, True, "retry"),
+        ("page_fault", 0, True, "fixed"),
+        ("aged", guest.base, True),
+        ("unmapped", guest.base, 1),
+        ("page_fault", 0, False, "efault"),
+        ("page_fault", 9, False, "emulate"),
+    ]
+    assert all(line["driver"] == "vm7" and line["seq"] for line in captured.entries)
