@@ -21,6 +21,8 @@ from .vm import VirtualMachine
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .memslots import MemorySlot
+
 CROWDED: Final = 128
 """Memslots from which on those without host memory are looked for."""
 SLOT_SIZE: Final = 1 << 30
@@ -64,10 +66,9 @@ class KvmDriver(VirtualMachine):
 
     async def _give(self, address: int) -> None:
         """Make a memslot of the mapping around an address, as far as it is not one yet."""
-        assert self.primary is not None
         if len(self.memslots) >= self._crowded:
             await self._take_back()
-        while self.memslots.find(address >> PAGE_SHIFT) is None:
+        while self.primary is not None and self.memslots.find(address >> PAGE_SHIFT) is None:
             region = next(iter(self.primary.regions(address, address + 1)), None)
             if region is None or self._unused < PAGE_SIZE:
                 return
@@ -90,14 +91,15 @@ class KvmDriver(VirtualMachine):
 
     async def _take_back(self) -> None:
         """Delete the memslots of mappings that have gone; where none has, expect more of them."""
-        primary = self.primary
-        assert primary is not None
-        gone = [slot for slot in self.memslots if not any(primary.regions(slot.hva, slot.hva_end))]
+        gone = [slot for slot in self.memslots if not self._has_memory(slot)]
         for slot in gone:
             await self.set_user_memory_region(slot.id, 0, 0)
             self._unused += slot.hva_end - slot.hva
         if len(gone) < self._crowded // 2:
             self._crowded *= 2
+
+    def _has_memory(self, slot: MemorySlot) -> bool:
+        return self.primary is not None and any(self.primary.regions(slot.hva, slot.hva_end))
 
     # ------------------------------------------------------------------ a recorded guest
 

@@ -41,6 +41,7 @@ class MmuNotifier(AtomicDriver):
         self.counters: Final = new_counters()
         """What happened so far, by name; see `mmunotify_kvm.counters`."""
         self.primary: Primary | None = None
+        """The address space; None before it is attached, and once it has been released."""
         self.mmu: Final = Mmu(self.counters)
         self.memslots = Memslots()
         """The set in use. Read it under SRCU, or where nothing suspends."""
@@ -197,8 +198,14 @@ class MmuNotifier(AtomicDriver):
             return sum(self.zap(slot, 0, slot.pages) for slot in self.memslots)
 
     async def release(self) -> None:
-        """Drop everything: no page of the address space has been freed yet."""
+        """Drop everything: no page of the address space has been freed yet.
+
+        A fault that is looking a page up finds that it was overtaken, and nothing to look up in.
+        """
         self.zap_all()
+        self.primary = None
+        with self.mmu.lock:
+            self.mmu.invalidate_seq += 1
         self.mmu.wake()
         self._invalidate_caches(0, ADDRESS_END)
         self._log.emit(RELEASED, **self.counters)
@@ -212,7 +219,6 @@ class MmuNotifier(AtomicDriver):
         if self._idle is not None:
             self._idle.set()
             self._idle = None
-        self.primary = None
 
 
 def _pages(slot: MemorySlot, start: int, end: int) -> tuple[int, int]:

@@ -369,8 +369,7 @@ class VirtualMachine(MmuNotifier):
     def _recover_huge(self, slot: MemorySlot) -> None:
         """What the host maps by 2 MiB is dropped, to be mapped so at the next fault."""
         table = slot.table
-        assert self.primary is not None
-        if not self.huge:
+        if self.primary is None or not self.huge:
             return
         for block in table.used_blocks():
             start = table.block_start(block)

@@ -6,6 +6,7 @@ only a scheduler can bring about are explored.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -534,6 +535,51 @@ async def test_false_retries_are_counted() -> None:
         tasks.start_soon(invalidate_another_page)
     assert vm.counters["retries"] == vm.counters["false_retries"] == 1
     await finished(mm, vm)
+
+
+# The end ------------------------------------------------------------------------------------------
+
+
+def guest_and_unregister(kind: Callable[[], VirtualMachine] = SlowLookups) -> Scenario:
+    """A machine is unregistered while its guest faults: nothing is mapped when that is over."""
+
+    async def unregisters_under_a_guest() -> None:
+        vm = kind()
+        mm = DictMm()
+        await mm.map(BASE, BASE + PAGE)
+        subscription = await mm.notifiers.register(vm)
+        await vm.set_user_memory_region(0, 0, PAGE, BASE)
+
+        async def guest() -> None:
+            with suppress(mn.BadAddress):
+                for _ in range(3):
+                    await vm.vcpus[0].store(0, b"\1")
+                    await checkpoint()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(guest, name="guest")
+            tasks.start_soon(mm.notifiers.unregister, subscription, name="unregister")
+        assert vm.pages_4k == 0, "I-REL: a page is mapped after release"
+        await finished(mm, vm)
+
+    return unregisters_under_a_guest
+
+
+class DropsAndNoMore(SlowLookups):
+    """Drops what is mapped, and lets faults that are under way go on."""
+
+    async def release(self) -> None:
+        self.zap_all()
+
+
+def test_release() -> None:
+    """A fault that release overtakes maps nothing, and the guest cannot run on."""
+    explore(guest_and_unregister(), schedules=1_000).check()
+
+
+def test_release_mutant() -> None:
+    """Without that a page is mapped for which no invalidation will ever come."""
+    assert "I-REL" in failure(guest_and_unregister(DropsAndNoMore))
 
 
 # All at once --------------------------------------------------------------------------------------
