@@ -227,11 +227,12 @@ class Faults:
 
     # ------------------------------------------------------------------ waiting
 
-    async def user_dropin(self, gts: Gts, cbr: Cbr) -> None:
+    async def user_dropin(self, gts: Gts, cbr: Cbr) -> Waiter | None:
         """Serve the miss of a block whose user calls (gru_user_dropin); the context's lock is held.
 
-        Returns when the block no longer misses, or is not loaded any more. May suspend, and may
-        make the primary announce.
+        Returns when the block no longer misses or is not loaded any more, or when a section covers
+        its page: then, who waits for that section, which its user has to do without the lock. May
+        suspend, and may make the primary announce.
         """
         tfh, loads = cbr.tfh, gts.loads
         while gts.state is not None and gts.loads == loads and tfh.missing:
@@ -239,16 +240,18 @@ class Faults:
             if outcome is _NO_ASID:
                 self.gms.gru.unload(gts)
             if outcome is not _RETRY:
-                return
+                break
             if self.gms.covered(tfh.address, PAGE_SIZE):
                 self.gms.statistics.call_os_wait_queue += 1
                 waiter = Waiter(gts, cbr)
                 self.waiters.append(waiter)
-                try:
-                    await waiter.over.wait()
-                finally:
-                    if waiter in self.waiters:
-                        self.waiters.remove(waiter)
+                return waiter
+        return None
+
+    def forget(self, waiter: Waiter) -> None:
+        """Nobody waits with this any more."""
+        if waiter in self.waiters:
+            self.waiters.remove(waiter)
 
     def section_over(self) -> None:
         """A section has ended: serve and wake those whose page no section covers any more.

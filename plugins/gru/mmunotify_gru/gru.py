@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from .context import Context
     from .driver import GruDriver
+    from .faults import Waiter
 
 TURNS: Final = 64
 """Misses that a waiting user serves before he lets others run."""
@@ -364,21 +365,33 @@ class Gru:
 
         Returns when something has changed: it may run on, may have stopped, or is not loaded.
         """
+        gms = gts.gms
+        gms.statistics.call_os += 1
+        waiter: Waiter | None = None
         gts.get()
         try:
-            async with gts.lock.writing():
-                gts.gms.statistics.call_os += 1
-                if gts.state is not None and not self.well_placed(gts):
-                    gts.gms.statistics.check_context_unload += 1
-                    self.unload(gts)
-                if gts.state is not None and gts.force_reload:
-                    self.update(gts)
+            if gts.state is not None and (gts.force_reload or not self.well_placed(gts)):
+                async with gts.lock.writing():
+                    self._settle(gts)
+            async with gts.lock.reading():
                 if gts.state is not None:
-                    await gts.gms.faults.user_dropin(gts, gts.cbrs[number])
-                if gts.closing and gts.state is not None:
-                    self.unload(gts)
+                    waiter = await gms.faults.user_dropin(gts, gts.cbrs[number])
+            if waiter is not None:
+                await waiter.over.wait()
+            if gts.closing:
+                self.evict(gts)
         finally:
+            if waiter is not None:
+                gms.faults.forget(waiter)
             gts.drop()
+
+    def _settle(self, gts: Gts) -> None:
+        """Unload a context that is in the wrong place; tell the chiplet what it does not know."""
+        if gts.state is not None and not self.well_placed(gts):
+            gts.gms.statistics.check_context_unload += 1
+            self.unload(gts)
+        elif gts.state is not None and gts.force_reload:
+            self.update(gts)
 
     # ------------------------------------------------------------------ waiting for an instruction
 

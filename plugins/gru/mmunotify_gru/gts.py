@@ -74,7 +74,7 @@ class Gts:
         self.force_reload = False
         """`huge` has changed and the chiplet does not know yet (ts_force_cch_reload)."""
         self.lock: Final = RWSemaphore("ts_ctxlock")
-        """Held for writing by whoever loads, unloads or serves a miss of it."""
+        """Held for writing by whoever loads or unloads it, for reading by who serves its misses."""
         self.references = 1
         self.closing = False
         """Its user has gone: whoever has the lock unloads it."""

@@ -10,6 +10,7 @@ from structlog.testing import LogCapture
 import mmunotify as mn
 from mmunotify.model import Machine
 from mmunotify_gru import DRIVER, Gru, GruDriver, GruOptions
+from mmunotify_gru.errors import ContextClosed
 
 
 def test_spec_fits_the_driver() -> None:
@@ -90,6 +91,27 @@ async def test_faults_may_come_at_once(miss: str) -> None:
                 await anyio.wait_all_tasks_blocked()
                 assert driver.gru.chiplets[0].tlb.used == 0
             assert all(driver.access(heap + 4096 * page) for page in range(16))
+
+
+async def test_a_fault_that_waits_is_told_that_the_driver_leaves() -> None:
+    """Unregistered under a section that covers its page, which it would wait for."""
+    async with Machine(frames=1 << 10) as machine:
+        mm = machine.new_mm()
+        heap = await mm.mmap(1 << 16)
+        driver = GruDriver(GruOptions(contexts=1))
+        subscription = await mm.register(driver)
+
+        async def fault() -> None:
+            with pytest.raises(ContextClosed):
+                await driver.fault(heap)
+
+        section = mn.Range(heap, heap + 4096)
+        async with mm.notifiers.invalidating(section), anyio.create_task_group() as tg:
+            tg.start_soon(fault)
+            await anyio.wait_all_tasks_blocked()
+            await mm.notifiers.unregister(subscription)
+        with pytest.raises(ContextClosed):
+            await driver.fault(heap)
 
 
 async def test_leaves_nothing_behind() -> None:

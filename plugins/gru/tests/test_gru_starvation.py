@@ -119,6 +119,25 @@ async def test_who_waits_is_not_woken_by_others() -> None:
         assert gru.statistics.call_os_wait_queue == 1
 
 
+@pytest.mark.parametrize("miss", ["interrupt", "poll"])
+async def test_a_block_that_waits_is_not_in_the_way_of_others(miss: str) -> None:
+    """One block of a context waits for a section, another faults a page in meanwhile."""
+    async with DictMm() as mm:
+        await mm.map(BASE, BASE + 0x3000)
+        gru = Gru()
+        async with gru.open(mm.notifiers, miss=miss) as context, anyio.create_task_group() as tg:
+            await context.nop()
+            told = mm.notifiers.invalidate_range_start_atomic(PAGE)
+            tg.start_soon(load_into, context)
+            await anyio.wait_all_tasks_blocked()
+            await context.vset(BASE + 0x1000, 7, elements=1)
+            # Not even a context that is taken away is.
+            assert context.unload()
+            await context.vset(BASE + 0x2000, 7, elements=1)
+            mm.notifiers.invalidate_range_end_atomic(PAGE, told)
+        assert gru.statistics.call_os_wait_queue == 1
+
+
 async def test_the_first_gap_is_enough() -> None:
     """A gap in which nobody but the section's end runs: the element is done before it returns."""
     async with DictMm() as mm:
