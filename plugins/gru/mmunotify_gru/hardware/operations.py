@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .cbr import Cbr
     from .instructions import Instruction
 
-STEP: Final = 1024
+STEP: Final = 128
 """Runs of elements that a block does in one step; who waits for it lets others run in between."""
 # Members of an enum as globals: looked up in their class they cost more than the rest (3.11).
 _FINE: Final = Cause.NONE
@@ -69,7 +69,7 @@ def vload(cbr: Cbr, ins: Instruction) -> bool:
             return cbr.stop(bad)
     step = ins.stride * size
     dseg, offset, memory = cbr.dseg, ins.offset, cbr.memory
-    while done < count:
+    for _ in range(STEP):
         address = ins.address + done * step & ADDRESS_MASK
         entry = cbr.translate(address, False)
         if entry is None:
@@ -81,7 +81,10 @@ def vload(cbr: Cbr, ins: Instruction) -> bool:
             data = b"".join([data[at * step : at * step + size] for at in range(run)])
         dseg[offset + done * size : offset + (done + run) * size] = data
         done += run
-    return True
+        if done == count:
+            return True
+    cbr.progress = done
+    return False
 
 
 def vstore(cbr: Cbr, ins: Instruction) -> bool:
@@ -93,7 +96,7 @@ def vstore(cbr: Cbr, ins: Instruction) -> bool:
             return cbr.stop(bad)
     step = ins.stride * size
     dseg, offset, memory = cbr.dseg, ins.offset, cbr.memory
-    while done < count:
+    for _ in range(STEP):
         address = ins.address + done * step & ADDRESS_MASK
         entry = cbr.translate(address, True)
         if entry is None:
@@ -109,7 +112,10 @@ def vstore(cbr: Cbr, ins: Instruction) -> bool:
                 part = data[element * size : (element + 1) * size]
                 memory.write(entry, at + element * step, part)
         done += run
-    return True
+        if done == count:
+            return True
+    cbr.progress = done
+    return False
 
 
 def _address(cbr: Cbr, ins: Instruction, element: int, size: int) -> int:
@@ -127,7 +133,7 @@ def ivload(cbr: Cbr, ins: Instruction) -> bool:
         if bad:
             return cbr.stop(bad)
     dseg, memory = cbr.dseg, cbr.memory
-    while done < count:
+    for _ in range(STEP):
         address = _address(cbr, ins, done, size)
         entry = cbr.translate(address, False)
         if entry is None:
@@ -136,7 +142,10 @@ def ivload(cbr: Cbr, ins: Instruction) -> bool:
         at = ins.offset + done * size
         dseg[at : at + size] = memory.read(entry, address - entry.address, size)
         done += 1
-    return True
+        if done == count:
+            return True
+    cbr.progress = done
+    return False
 
 
 def ivstore(cbr: Cbr, ins: Instruction) -> bool:
@@ -147,7 +156,7 @@ def ivstore(cbr: Cbr, ins: Instruction) -> bool:
         if bad:
             return cbr.stop(bad)
     dseg, memory = cbr.dseg, cbr.memory
-    while done < count:
+    for _ in range(STEP):
         address = _address(cbr, ins, done, size)
         entry = cbr.translate(address, True)
         if entry is None:
@@ -156,7 +165,10 @@ def ivstore(cbr: Cbr, ins: Instruction) -> bool:
         at = ins.offset + done * size
         memory.write(entry, address - entry.address, bytes(dseg[at : at + size]))
         done += 1
-    return True
+        if done == count:
+            return True
+    cbr.progress = done
+    return False
 
 
 def element_of(value: int, xtype: Xtype) -> bytes:
@@ -204,7 +216,7 @@ def ivset(cbr: Cbr, ins: Instruction) -> bool:
         if bad:
             return cbr.stop(bad)
     element = element_of(ins.operand1, ins.xtype)
-    while done < count:
+    for _ in range(STEP):
         address = _address(cbr, ins, done, size)
         entry = cbr.translate(address, True)
         if entry is None:
@@ -212,7 +224,10 @@ def ivset(cbr: Cbr, ins: Instruction) -> bool:
             return False
         cbr.memory.write(entry, address - entry.address, element)
         done += 1
-    return True
+        if done == count:
+            return True
+    cbr.progress = done
+    return False
 
 
 def vflush(cbr: Cbr, ins: Instruction) -> bool:
