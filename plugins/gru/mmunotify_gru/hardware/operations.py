@@ -10,6 +10,7 @@ Elements are processed in order. One that is repeated after a miss has not been 
 
 from __future__ import annotations
 
+from struct import unpack_from
 from typing import TYPE_CHECKING, Final
 
 from mmunotify import PAGE_SIZE
@@ -126,26 +127,34 @@ def _address(cbr: Cbr, ins: Instruction, element: int, size: int) -> int:
 
 
 def ivload(cbr: Cbr, ins: Instruction) -> bool:
-    """Gather: element i is `index[i]` elements after the address."""
+    """Gather: element i is `index[i]` elements after the address.
+
+    The vector must not be where the elements go.
+    """
     size, count, done = SIZES[ins.xtype], ins.nelem, cbr.progress
     if done == 0:
         bad = _bad(cbr, ins, count * size, count * 8)
         if bad:
             return cbr.stop(bad)
     dseg, memory = cbr.dseg, cbr.memory
-    for _ in range(STEP):
-        address = _address(cbr, ins, done, size)
-        entry = cbr.translate(address, False)
-        if entry is None:
-            cbr.progress = done
-            return False
-        at = ins.offset + done * size
-        dseg[at : at + size] = memory.read(entry, address - entry.address, size)
+    part = min(count - done, STEP)
+    page, data, at = -1, b"", ins.offset + done * size
+    for index in unpack_from(f"<{part}Q", dseg, ins.index + 8 * done):
+        address = ins.address + index * size & ADDRESS_MASK
+        offset = address & PAGE_MASK
+        if address - offset != page:
+            entry = cbr.translate(address, False)
+            if entry is None:
+                cbr.progress = done
+                return False
+            # Neighbours in the vector are often neighbours in memory: the page is read once.
+            page = address - offset
+            data = memory.read(entry, page - entry.address, PAGE_SIZE)
+        dseg[at : at + size] = data[offset : offset + size]
+        at += size
         done += 1
-        if done == count:
-            return True
     cbr.progress = done
-    return False
+    return done == count
 
 
 def ivstore(cbr: Cbr, ins: Instruction) -> bool:
