@@ -249,6 +249,8 @@ def _copy_nowait(
         mm.tlb.flush(page, page + 1)
     if not zero:
         machine.remove_rmap(old)
+        if vma.flags & f.VM_LOCKED:
+            machine.lru.munlock(old)
     if told is not None and rng is not None:
         failed = notifiers.invalidate_range_end_atomic(rng, told)
     if failed:
@@ -348,6 +350,8 @@ def _install_copy(
     leaf.pte[page & 511] = new << PAGE_SHIFT | prot
     if not zero:
         machine.remove_rmap(old)
+        if vma.flags & f.VM_LOCKED:
+            machine.lru.munlock(old)
     return True
 
 

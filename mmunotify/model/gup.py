@@ -111,28 +111,31 @@ async def populate(
     signals EFAULT. Otherwise holes and lock-on-fault mappings are skipped, and errors too with
     `ignore_errors`. Source: __mm_populate, madvise_populate.
     """
-    at = first
-    while at < last:
-        async with mm.mmap_lock.reading():
-            vmas = vmas_in(mm, at, last)
-            if madvise and (not vmas or vmas[0].first > at):
-                mm.machine.lru.drain()
-                raise MmError(
-                    errno.ENOMEM, f"populate in {mm.name}: nothing at {at << PAGE_SHIFT:#x}"
-                )
-            if not vmas:
-                return
-            vma = vmas[0]
-            low, at = max(at, vma.first), min(vma.last, last)
-            try:
-                await populate_vma(mm, vma, low, at, write=write, madvise=madvise)
-            except BadAddress as error:
-                if not ignore_errors:
-                    raise MmError(errno.EFAULT, str(error)) from None
-            except MmError:
-                if not ignore_errors:
-                    raise
-        await mm.machine.cond_resched(at - low)
+    try:
+        at = first
+        while at < last:
+            async with mm.mmap_lock.reading():
+                vmas = vmas_in(mm, at, last)
+                if madvise and (not vmas or vmas[0].first > at):
+                    raise MmError(
+                        errno.ENOMEM, f"populate in {mm.name}: nothing at {at << PAGE_SHIFT:#x}"
+                    )
+                if not vmas:
+                    return
+                vma = vmas[0]
+                low, at = max(at, vma.first), min(vma.last, last)
+                try:
+                    await populate_vma(mm, vma, low, at, write=write, madvise=madvise)
+                except BadAddress as error:
+                    if not ignore_errors:
+                        raise MmError(errno.EFAULT, str(error)) from None
+                except MmError:
+                    if not ignore_errors:
+                        raise
+            await mm.machine.cond_resched(at - low)
+    finally:
+        if madvise:
+            mm.machine.lru.drain()
 
 
 async def populate_vma(
@@ -163,7 +166,8 @@ async def populate_vma(
             )
             _touched(mm, page, entry, bool(write))
     finally:
-        mm.machine.lru.drain()
+        if not madvise:
+            mm.machine.lru.drain()
 
 
 def _touched(mm: AddressSpace[Any], page: int, entry: int, write: bool) -> None:

@@ -7,7 +7,8 @@ inactive and an active list.
 
 A CPU collects up to 31 pages before it changes a list for them, one batch per kind of change, and
 each batch holds a reference of its pages: new ones (which count as listed here, `is_new` tells
-them), those to activate, to deactivate, and those that MADV_FREE gave up. A full batch is done by
+them), those to activate, to deactivate, that MADV_FREE gave up, and those that a mapping which
+was locked lost. A full batch is done by
 itself; `drain` does all.
 
 Source: include/linux/mm_inline.h, mm/swap.c.
@@ -66,6 +67,7 @@ class Lru:
         self._lazy: Final[dict[int, int]] = {}
         self._activate: Final[dict[int, int]] = {}
         self._deactivate: Final[dict[int, int]] = {}
+        self._munlock: Final[dict[int, int]] = {}
         # Where the logs ended at the last `drain`: what came since is in the batch of new pages.
         self._drained: Final = [0, 0, 0, 0]
 
@@ -141,12 +143,19 @@ class Lru:
 
     def is_pending(self, frame: int) -> bool:
         """Whether a batch that waits to be drained, not that of new pages, holds the page."""
-        if not (self._lazy or self._activate or self._deactivate):
+        if not (self._lazy or self._activate or self._deactivate or self._munlock):
             return False
         generation = self._frames.word[frame] & fr.GEN_MASK
         return generation in (
-            self._lazy.get(frame), self._activate.get(frame), self._deactivate.get(frame)
+            self._lazy.get(frame), self._activate.get(frame), self._deactivate.get(frame),
+            self._munlock.get(frame),
         )  # fmt: skip
+
+    def munlock(self, frame: int) -> None:
+        """A mapping that was locked has lost a page that others still map (munlock_folio)."""
+        self._munlock[frame] = self._frames.word[frame] & fr.GEN_MASK
+        if len(self._munlock) == _BATCH:
+            self._munlock.clear()
 
     def is_new(self, frame: int) -> bool:
         """Whether the page is in the batch of new ones: not PG_lru in Linux yet."""
@@ -170,6 +179,7 @@ class Lru:
             self._drain(self._deactivate, 0, fr.PG_ACTIVE | fr.PG_REFERENCED)
         if self._lazy:
             self._drain(self._lazy, 0, _LAZY_CLEARS)
+        self._munlock.clear()
         for which, log in enumerate(self._logs):
             self._drained[which] = log.tail
 

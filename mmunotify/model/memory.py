@@ -262,6 +262,8 @@ def _zap_few(
         if not was & fr.MAP_MASK and (vma.flags & f.VM_LOCKED or was & fr.PG_KSM):
             was &= ~(fr.PG_MLOCKED | fr.PG_UNEVICTABLE)
         word[frame] = was
+        if vma.flags & f.VM_LOCKED and was & fr.MAP_MASK:
+            mm.machine.lru.munlock(frame)
         if was & (fr.PG_SWAPCACHE | fr.MAP_MASK) == fr.PG_SWAPCACHE:
             mm.machine.swap.try_free(frame)
         frames.put(frame)
@@ -300,6 +302,8 @@ def _drop_mappings(mm: AddressSpace[Any], vm_flags: int, found: U64, gather: Gat
     if vm_flags & f.VM_LOCKED:
         last = (words & np.uint64(fr.MAP_MASK)) == 0
         words[last] &= ~np.uint64(fr.PG_MLOCKED | fr.PG_UNEVICTABLE)
+        for frame in pfns[~last].tolist():
+            mm.machine.lru.munlock(frame)
     frames.words[pfns] = words
     gather.add(pfns)
 
