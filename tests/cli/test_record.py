@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -15,6 +17,7 @@ from machine import needs, needs_announcements, needs_kernel, tracing_state
 from mmunotify.cli.record import record as record_command
 from mmunotify.errors import RecorderError
 from mmunotify.traces.figures import figures
+from mmunotify.traces.record.shim import build
 from mmunotify.traces.recording import Recording
 from mmunotify.traces.replay import Design, Replay
 
@@ -273,3 +276,116 @@ def test_without_the_kernels_help_strace_records_system_calls(
     found = replayed(path)
     assert found["events"] == first["events"]
     assert found["kernel_announcements"] == 0
+
+
+@pytest.mark.long
+@needs_announcements
+@pytest.mark.usefixtures("machine_as_before")
+def test_a_recorded_pipeline_replays_as_the_kernel_announced_it(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.mmt"
+    record(path, "bash", "-c", "ls -R /usr/lib | grep -v z | sort | awk '{print $1}' | tail -1")
+    assert {words[1].rpartition("/")[2] for words in lines(path, "x")} >= {"ls", "grep", "sort"}
+    assert header(path)["unobserved"] == []
+    found = replayed(path)
+    assert found["kernel_announcements"] > 100
+    assert found["matched"] >= 0.99 * found["kernel_announcements"]
+    assert found["extra"] <= 0.01 * found["kernel_announcements"]
+
+
+REDIS = """
+cd "$1"
+redis-server --port 0 --unixsocket s --save '' --daemonize no >/dev/null &
+until redis-cli -s s ping >/dev/null 2>&1; do sleep 0.05; done
+fill() { seq -f "set key:%g $1$1$1$1" 30000 | redis-cli -s s --pipe >/dev/null; }
+fill 0123456789
+redis-cli -s s bgsave >/dev/null
+fill 9876543210
+until redis-cli -s s info persistence | grep -q bgsave_in_progress:0; do sleep 0.05; done
+redis-cli -s s shutdown nosave
+wait
+test -s dump.rdb
+"""
+
+
+@pytest.mark.long
+@needs_announcements
+@needs("redis-server", "redis-cli")
+@pytest.mark.usefixtures("machine_as_before")
+def test_a_recorded_redis_that_saves_replays_as_the_kernel_announced_it(tmp_path: Path) -> None:
+    path = tmp_path / "redis.mmt"
+    data = tmp_path / "data"
+    data.mkdir()
+    record(path, "bash", "-c", REDIS, "redis.sh", str(data))
+    found = replayed(path)
+    # The server writes while its child saves, so pages are copied.
+    assert found["kernel_announcements"] > 500
+    assert found["matched"] >= 0.99 * found["kernel_announcements"]
+    assert found["extra"] <= 0.01 * found["kernel_announcements"]
+
+
+def refuse(message: str) -> Any:
+    def refused(*arguments: object) -> None:
+        raise RecorderError(message)
+
+    return refused
+
+
+@needs_announcements
+@pytest.mark.parametrize(
+    ("what", "message", "kinds"),
+    [
+        ("SideBand", "no perf events: mappings are recorded without their files", set("o")),
+        ("shim.build", "no C compiler: what the kernel announces is not recorded", set("uatmv")),
+        ("Lender", "no /dev/kvm: what the kernel announces is not recorded", set("uatmv")),
+    ],
+)
+def test_what_is_missing_is_said_with_what_it_costs(
+    what: str,
+    message: str,
+    kinds: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "true.mmt"
+    monkeypatch.setattr(f"mmunotify.traces.record.means.{what}", refuse(message.partition(":")[0]))
+    assert record_command("true", output=path) == 0
+    assert capsys.readouterr().err.splitlines()[0].startswith(f"mmunotify record: {message}")
+    found = {line.split(" ")[1] for line in path.read_text().splitlines()[1:]}
+    assert not found & kinds
+    assert found >= set("><fxe")
+
+
+@pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
+def test_a_compiler_that_fails_is_said(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(RecorderError, match="shim"):
+        build()
+    assert list(tmp_path.glob("mmunotify/*")) == []
+
+
+@needs("cc")
+def test_the_shim_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = build()
+    monkeypatch.setenv("CC", "/bin/false")
+    assert build() == first
+    assert list(tmp_path.glob("mmunotify/*")) == [first]
+
+
+@needs_kernel
+def test_counters_are_shown_on_a_terminal(tmp_path: Path) -> None:
+    controller, terminal = os.openpty()
+    command = [*MMUNOTIFY, "record", "-o", str(tmp_path / "x.mmt"), "--", "sleep", "0.3"]
+    with subprocess.Popen(command, stderr=terminal) as recorder:
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):
+            while more := os.read(controller, 4096):
+                shown += more
+    os.close(controller)
+    assert recorder.returncode == 0
+    assert re.search(rb"\d\.\d s: [\d,]+ events, .*[\d,]+ MiB, 0 lost", shown)

@@ -7,7 +7,9 @@ space, whose number is known when it was first counted in a fork or an execve of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from bisect import bisect_right
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from .spans import Spans
 from .syscalls import BY_NUMBER
@@ -19,10 +21,15 @@ if TYPE_CHECKING:
     from .timeline import Events
     from .writer import RecordingWriter
 
+Entry: TypeAlias = list[Any]
+"""A line to be: microseconds, and the rest of it; None if there shall be none."""
+
 VCPU: Final = "anon_inode:kvm-vcpu"
 """The path of the mapping that keeps a VM alive begins with this."""
 FAILED: Final = "!"
 """The letter of an event that is no line: there can be no VM, and its text says why."""
+_HELD_MICROS: Final = 200_000
+"""How much later may still be found out what a line is, or that there is none."""
 _ERRORS: Final = (1 << 64) - 4095
 _SIGN: Final = 1 << 63
 _MAKERS: Final = frozenset(("fork", "vfork", "clone", "clone3", "execve", "execveat"))
@@ -50,13 +57,14 @@ class Composer:
         self.foreign = 0
         """Announcements in the kernel's trace that were about somebody else's memory."""
         self._started = started
-        self._entries: list[tuple[int, str] | None] = []
+        self._entries: list[Entry] = []
+        self._exits: Final[dict[int, Entry]] = {}
         self._calls: Final[dict[int, tuple[str, list[int]]]] = {}
         self._programs: Final[dict[int, str]] = {}
-        self._last: Final[dict[int, int | None]] = {}
+        self._last: Final[dict[int, Entry | None]] = {}
         self._spaces: Final[set[int]] = set()
         self._mapped: Final = Spans()
-        self._do: Final[dict[str, Callable[[int, int, list[int], str | None], str | None]]] = {
+        self._do: Final[dict[str, Callable[[int, Entry, list[int], str | None], str | None]]] = {
             ">": self._enter,
             "<": self._leave,
             "F": self._pair,
@@ -81,7 +89,6 @@ class Composer:
         """
         for events in batches:
             proceed()
-            self._last.clear()
             for time, kind, tid, values, text in events.rows():
                 if not self._started:
                     self._started = self._starts(kind, tid, values)
@@ -91,13 +98,16 @@ class Composer:
                     # Most events are of this kind.
                     address, ip, code = values[:3]
                     fault = f"f {tid} {address:x} {ip:x} {code:x}"
-                    self._entries.append((time // 1000, fault))
+                    self._entries.append([time // 1000, fault])
                     continue
                 do = self._do.get(kind)
-                line = do(tid, len(self._entries), values, text) if do is not None else None
+                entry: Entry = [time // 1000, None]
+                line = do(tid, entry, values, text) if do is not None else None
                 if line is not None:
-                    self._entries.append((time // 1000, f"{kind} {tid}{line}"))
-            self._flush()
+                    entry[1] = f"{kind} {tid}{line}"
+                    self._entries.append(entry)
+            self._flush(_HELD_MICROS)
+        self._flush(0)
 
     def _starts(self, kind: str, tid: int, values: list[int]) -> bool:
         if kind != ">" or tid != self._root:
@@ -105,21 +115,24 @@ class Composer:
         call = BY_NUMBER.get(values[0])
         return call is not None and call.name in _EXECS
 
-    def _flush(self) -> None:
-        lines = []
-        micros = self.micros
-        for entry in self._entries:
-            if entry is not None:
-                now = max(entry[0], micros)
-                lines.append(f"{now - micros} {entry[1]}")
+    def _flush(self, held: int) -> None:
+        """Write what can no longer change: all but the last `held` microseconds."""
+        lines: list[str] = []
+        entries, micros = self._entries, self.micros
+        limit = (entries[-1][0] if entries else 0) - held
+        end = bisect_right(entries, limit, key=itemgetter(0))
+        for time, line in entries[:end]:
+            if line is not None:
+                now = max(time, micros)
+                lines.append(f"{now - micros} {line}")
                 micros = now
         self.micros = micros
-        self._entries = []
+        self._entries = entries[end:]
         self._writer.write(lines)
 
     # ------------------------------------------------------------------ one event each
 
-    def _enter(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _enter(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         call = BY_NUMBER.get(values[0])
         if call is None or self.tree.narrow(tid):
             return None
@@ -127,7 +140,7 @@ class Composer:
         self._calls[tid] = call.name, arguments
         return f" {call.name} {' '.join([f'{value:x}' for value in arguments])}"
 
-    def _leave(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _leave(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         call = BY_NUMBER.get(values[0])
         if call is None or self.tree.narrow(tid):
             return None
@@ -137,23 +150,25 @@ class Composer:
             self._mapped.add(result, result + arguments[_PLACERS[call.name]])
         return f" {call.name} {result:x}"
 
-    def _pair(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _pair(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         return f" {values[0]:x} {values[1]:x}"
 
-    def _clone(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _clone(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
+        self._exits.pop(values[0], None)
         self.tree.cloned(tid, values[0], values[1])
         return f" {values[0]} {values[1]:x}"
 
-    def _exec(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _exec(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         self.tree.executed(tid, self._programs.pop(tid, text or ""))
         return f" {text}"
 
-    def _exit(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _exit(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         self._calls.pop(tid, None)
         self.tree.exited(tid)
+        self._exits[tid] = entry
         return ""
 
-    def _map(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _map(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         if tid not in self.tree or text is None:
             return None
         start, end, _, _, _, path = text.split(" ", 5)
@@ -164,41 +179,48 @@ class Composer:
             self._programs.setdefault(tid, path)
         return f" {text}"
 
-    def _copied(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _copied(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         if tid not in self.tree or text is None:
             return None
         _, start, end, _ = text.split(" ", 3)
         self._mapped.add(int(start, 16), int(end, 16))
         return f" {text}"
 
-    def _failed(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _failed(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         self.tree.observed(tid, f"no VM: {text}")
         return None
 
-    def _announce(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _announce(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         if tid in self.tree:
             self._last[tid] = None
         elif values[0] in self._mapped:
-            self._last[tid] = at
+            self._last[tid] = entry
         else:
             self._last.pop(tid, None)
             self.foreign += 1
             return None
         return f" {values[0]:x} {values[1]:x}"
 
-    def _age(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _age(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         if tid not in self.tree and values[0] not in self._mapped:
             return None
         self._last[tid] = None
         return f" {values[0]:x} {values[1]:x}"
 
-    def _test(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _test(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         if tid not in self.tree and values[0] not in self._mapped:
             return None
         return f" {values[0]:x}"
 
-    def _count(self, tid: int, at: int, values: list[int], text: str | None) -> str | None:
+    def _count(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         identity, member, size = values[:3]
+        left = self._exits.get(tid)
+        if left is not None:
+            # The kernel says that a task ends before it takes its memory down, which these are of.
+            left[1] = None
+            last = self._exits[tid] = [entry[0], f"e {tid}"]
+            self._entries.append(last)
+            return None
         known = identity in self._spaces
         if not known and tid in self.tree and self._calls.get(tid, ("",))[0] in _MAKERS:
             self._spaces.add(identity)
@@ -206,7 +228,7 @@ class Composer:
             announced = self._last.pop(tid)
             if announced is not None and not known:
                 # It was about memory of somebody else, which has the same addresses.
-                self._entries[announced] = None
+                announced[1] = None
                 self.foreign += 1
                 return None
         else:

@@ -58,6 +58,7 @@ PERF = """\
             bash 200 [001]  3283.000014: PERF_RECORD_FORK(201:201):(200:200)
             bash 200 [001]  3283.000015: raw_syscalls:sys_exit: NR 57 = 201
             bash 201 [000]  3283.000016: sched:sched_process_exit: comm=bash pid=201 prio=120
+            bash 201 [000]  3283.000017: kmem:rss_stat: mm_id=7 curr=0 type=MM_ANONPAGES size=0B
          kswapd0  66 [000]  3283.000017: kvm:kvm_unmap_hva_range: mmu notifier unmap range: 0x7ffe00001000 -- 0x7ffe00002000
          kswapd0  66 [000]  3283.000018: kmem:rss_stat: mm_id=7 curr=0 type=MM_ANONPAGES size=0B
          kswapd0  66 [000]  3283.000019: kvm:kvm_unmap_hva_range: mmu notifier unmap range: 0x7ffe00001000 -- 0x7ffe00002000
@@ -163,8 +164,9 @@ def test_what_perf_says_is_written_down(tmp_path: Path) -> None:
         "1 m 200 7 1 4096",
         "2 n 200 201 0",
         "0 < 200 fork c9",
-        "1 e 201",
-        "1 u 66 7ffe00001000 7ffe00002000",
+        # It has ended when it counts no memory any more.
+        "2 e 201",
+        "0 u 66 7ffe00001000 7ffe00002000",
         "1 m 66 7 1 0",
         # The next one is about memory that has the same address, and is somebody else's.
         "4 e 200",
