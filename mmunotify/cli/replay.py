@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json as jsonlib
 import signal
 from contextlib import ExitStack, contextmanager
@@ -155,6 +156,8 @@ def run(replay: Replay, *, quiet: bool) -> None:
         told = " ".join(f"{meter.name} {sum(meter.calls.values())}" for meter in replay.meters)
         progress.update(task, completed=replay.events, rate=f"{speed:,.0f} events/s", told=told)
 
+    # What is there by now stays, and collections need not look at it.
+    gc.freeze()
     with progress, _interruptible(replay):
         anyio.run(replay.run, advance)
 

@@ -2,7 +2,8 @@
 
     same        every page that the program faults on, right after it
     hot:N       one access per fault and per system call, in a working set of N pages that the
-                program faulted on; a few of them take most of the accesses (Zipf)
+                program faulted on; a few of them take most of the accesses (Zipf), and every
+                fourth page that is faulted on takes the place of one of them
     random:P    a page that the program faults on, with probability P
 
 A device only touches what the program has mapped: a page that is gone from the primary is left
@@ -14,10 +15,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import attrs
 
+from mmunotify.errors import BadAddress
 from mmunotify.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 _SEED: Final = 2008
 _DRAWS: Final = 1 << 12
+_NEWCOMERS: Final = 0.25
+"""How many of the pages that the program faults on join a working set that is full."""
+_STAYS: Final = -1
 
 
 @attrs.frozen
@@ -77,8 +83,13 @@ class Draws:
         weights = [1 / (rank + 1) for rank in slots]
         self.slots: Final[Iterator[int]] = itertools.cycle(dice.choices(slots, weights, k=_DRAWS))
         """Which page of the working set is accessed."""
-        self.newcomers: Final[Iterator[int]] = itertools.cycle(dice.choices(slots, k=_DRAWS))
-        """Which one a page that was faulted on takes the place of."""
+        self.newcomers: Final[Iterator[int]] = itertools.cycle(
+            [
+                slot if dice.random() < _NEWCOMERS else _STAYS
+                for slot in dice.choices(slots, k=_DRAWS)
+            ]
+        )
+        """Whose place a page that was faulted on takes, if anybody's."""
 
 
 class Toucher:
@@ -95,30 +106,45 @@ class Toucher:
 
     async def faulted(self, address: int, pages: int, write: bool) -> None:
         """The program faulted on `pages` pages in a row, of which the first has `address`."""
-        draws = self._draws
+        draws, hot, devices = self._draws, self._hot, self._devices
         for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
-            if self._hot:
-                slot = next(draws.newcomers)
-                if len(self._set) < draws.touching.pages:
-                    self._set.append((touched, write))
-                else:
-                    self._set[slot] = (touched, write)
-                await self.called()
+            if hot:
+                used = self._join(touched, write)
+                if used is None:
+                    continue
+                at, writes = used
             elif next(draws.yes):
-                await self._access(touched, write)
+                at, writes = touched, write
+            else:
+                continue
+            for device in devices:
+                if not device.access(at, write=writes):
+                    await self._miss(device, at, writes)
 
     async def called(self) -> None:
-        """The program made a system call, or went on after a fault."""
+        """The program made a system call."""
         slot = next(self._draws.slots)
         if self._hot and slot < len(self._set):
             address, write = self._set[slot]
-            await self._access(address, write)
+            for device in self._devices:
+                if not device.access(address, write=write):
+                    await self._miss(device, address, write)
 
-    async def _access(self, address: int, write: bool) -> None:
-        for device in self._devices:
-            if not device.access(address, write=write):
-                found = self._primary.translate(address)
-                if found is None:
-                    return
-                if found.writable or not write or not device.access(address):
-                    await device.fault(address, write=write and found.writable)
+    def _join(self, address: int, write: bool) -> tuple[int, bool] | None:
+        """Let a page into the working set; which page of it is used now."""
+        draws, pages = self._draws, self._set
+        slot = next(draws.newcomers)
+        if len(pages) < draws.touching.pages:
+            pages.append((address, write))
+        elif slot != _STAYS:
+            pages[slot] = (address, write)
+        slot = next(draws.slots)
+        return pages[slot] if slot < len(pages) else None
+
+    async def _miss(self, device: Device, address: int, write: bool) -> None:
+        found = self._primary.translate(address)
+        if found is not None and (found.writable or not write or not device.access(address)):
+            # Memory that the process has and the device may not use (a guard page, a mapping of
+            # another device) is nothing to it.
+            with suppress(BadAddress):
+                await device.fault(address, write=write and found.writable)
