@@ -17,7 +17,7 @@ from anyio.lowlevel import checkpoint
 import mmunotify as mn
 from dict_mm import DictMm
 from mmunotify.testing.explore import PCT, Exploration, always, explore
-from mmunotify_gru import Exop, Gru, GruChecker, GruDriver
+from mmunotify_gru import Exop, Gru, GruChecker, GruDriver, MessageQueue, Sender
 from mmunotify_gru.errors import ContextClosed
 from mmunotify_gru.hardware.chiplet import Chiplet
 from mmunotify_gru.hardware.tfh import Tfh
@@ -210,6 +210,42 @@ def stealing(contexts: int) -> Scenario:
     return scenario
 
 
+def messages(senders: int) -> Scenario:
+    """Senders fill a queue whose page is evicted under them; its receiver gets all, in order."""
+
+    async def scenario() -> None:
+        gru = SlowGru(logger=SILENT)
+        checker = GruChecker(gru)
+        always(checker.check)
+        async with DictMm() as mm:
+            await mm.map(BASE, BASE + 0x1000)
+            async with gru.open(mm.notifiers, dseg=2048) as context:
+                queue = await MessageQueue.create(context, BASE, 8)
+                received: list[bytes] = []
+
+                async def send(number: int) -> None:
+                    sender = Sender(context, BASE, scratch=256 * (number + 1))
+                    for turn in range(2):
+                        await sender.send(bytes((number, turn)))
+
+                async def evict() -> None:
+                    await mm.evict(BASE)
+                    await checkpoint()
+                    await mm.evict(BASE)
+
+                async with anyio.create_task_group() as tg:
+                    for number in range(senders):
+                        tg.start_soon(send, number, name=f"send {number}")
+                    tg.start_soon(evict, name="evict")
+                while (message := await queue.receive_nowait()) is not None:
+                    received.append(message)
+            for number in range(senders):
+                assert [turn for who, turn in received if who == number] == [0, 1]
+            assert len(received) == 2 * senders
+
+    return scenario
+
+
 def explored(scenario: Scenario, **options: Any) -> Exploration:
     """Explore, say how far that went, and fail if a schedule does."""
     found = explore(scenario, **options)
@@ -225,6 +261,7 @@ CASES = [
     pytest.param(exit_meanwhile("interrupt"), id="exit-interrupt"),
     pytest.param(exit_meanwhile("poll"), id="exit-poll"),
     pytest.param(stealing(3), id="stealing"),
+    pytest.param(messages(2), id="messages"),
 ]
 
 
