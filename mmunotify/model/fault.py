@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
 
+from . import device
 from . import flags as f
 from . import frames as fr
 from .hugetlb import hugetlb_fault
@@ -33,7 +34,9 @@ _NEW_WRITABLE: Final = _DIRTY_YOUNG | f.PTE_RW
 async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     """Make one access possible; returns VM_FAULT_ bits. May suspend and announce (COW)."""
     machine = mm.machine
-    if vma.flags & f.VM_HUGETLB:
+    if vma.flags & (f.VM_HUGETLB | f.VM_PFNMAP):
+        if vma.flags & f.VM_PFNMAP:
+            return device.pfn_fault(mm, vma, page, flags)
         return await hugetlb_fault(mm, vma, page, flags)
     while True:
         result = fault_nowait(mm, vma, page, flags)
@@ -74,7 +77,7 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         if vma.uffd is not None and (vma.file is not None or vma.flags & f.VM_UFFD_MISSING):
             return RETRY
         if vma.file is not None:
-            if vma.flags & f.VM_HUGETLB:
+            if vma.flags & (f.VM_HUGETLB | f.VM_PFNMAP):
                 return RETRY
             return _do_fault_nowait(mm, vma, page, flags)
         if leaf is None:
@@ -107,6 +110,7 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
     old = (entry & f.PFN_MASK) >> PAGE_SHIFT
     if vma.flags & f.VM_SHARED:
         if entry & f.PTE_SPECIAL or flags & f.FAULT_UNSHARE:
+            # A device's frame.
             return RETRY
         # wp_page_shared: page_mkwrite, then the page is dirty.
         leaf.pte[page & 511] = entry | _NEW_WRITABLE

@@ -52,6 +52,8 @@ class File:
         self.i_mmap_lock = machine.locks.rmap_lock("i_mmap")
         self.number = machine.owners.add(self)
         self.refs = 1
+        self.vm_flags = 0
+        """VM_ flags that its mappings get."""
 
     def __repr__(self) -> str:
         return f"<File {self.name} {self.kind} {self.size:#x}>"

@@ -18,6 +18,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE
 from . import flags as f
 from . import frames as fr
 from . import huge_memory, migrate, oom_kill
+from .device import DeviceFile
 from .filemap import File, Kind
 from .frames import Frames
 from .hugetlb import HugeFile, HugePool
@@ -288,6 +289,14 @@ class Machine(Generic[L]):
     def huge_file(self, size: int, owner: AddressSpace[L] | None) -> HugeFile:
         """The file behind a hugetlb mapping of `size` bytes; private if it has an owner."""
         file = HugeFile(self, f"f{next(self._file_names)}", size, owner)
+        self.files.append(file)
+        return file
+
+    def device(
+        self, size: int, frame_of: Callable[[int], int] | None = None, name: str = "device"
+    ) -> DeviceFile:
+        """A device of `size` bytes, whose frames shared mappings of it map without counting."""
+        file = DeviceFile(self, name, size, frame_of)
         self.files.append(file)
         return file
 

@@ -22,6 +22,7 @@ from mmunotify.locks.base import READY, Awaited
 from mmunotify.notifiers import Notifiers
 from mmunotify.ranges import PAGE_SHIFT, Event, Range
 
+from . import device as _device
 from . import flags as f
 from . import fork as _fork
 from . import frames as fr
@@ -341,6 +342,8 @@ class AddressSpace(Generic[L]):
     fault = _uaccess.fault
     access_remote = _gup.access_remote
     populate = _gup.populate
+    insert_pfn = _device.insert_pfn
+    zap_vma_ptes = _device.zap_vma_ptes
     pin = _gup.pin
     unpin = _gup.unpin
 

@@ -95,6 +95,10 @@ async def mmap(
             vm_flags |= f.VM_HUGETLB | f.VM_DONTEXPAND
             owner = None if flags & f.MAP_SHARED else mm
             file = owned = mm.machine.huge_file(count << PAGE_SHIFT, owner)
+        elif file is not None and file.vm_flags:
+            if not flags & f.MAP_SHARED:
+                raise MmError(errno.EINVAL, f"mmap of {file!r} in {mm.name}: expected MAP_SHARED")
+            vm_flags |= file.vm_flags
         elif flags & f.MAP_SHARED and file is None:
             file = owned = mm.machine.shmem_file(count << PAGE_SHIFT)
         try:

@@ -94,8 +94,9 @@ def smaps(mm: AddressSpace[Any], vma: Vma) -> dict[str, int]:
 def pagemap(mm: AddressSpace[Any], start: int, end: int) -> list[tuple[int, str, int | None]]:
     """(page number, code, frame or None) of the pages in [start, end) bytes that have an entry.
 
-    a anonymous, f file, upper case if mapped more than once; z zero page, k KSM, s swap; then h
-    part of a huge folio, c in the swap cache, w write-protected by uffd, g guard.
+    a anonymous, f file, upper case if mapped more than once; z zero page, p a device's frame,
+    k KSM, s swap; then h part of a huge folio, c in the swap cache, w write-protected by uffd,
+    g guard.
     """
     words = mm.machine.frames.word
     found: list[tuple[int, str, int | None]] = []
@@ -106,7 +107,8 @@ def pagemap(mm: AddressSpace[Any], start: int, end: int) -> list[tuple[int, str,
             found.append((page, "s" + wp + guard, None))
             continue
         if entry & f.PTE_SPECIAL:
-            found.append((page, "z" + wp, None))
+            zero = page >> 9 in mm.pt.huge or not (entry ^ mm.machine.zero_entry) & f.PFN_MASK
+            found.append((page, ("z" if zero else "p") + wp, None))
             continue
         frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
         # What PAGEMAP says of a huge page's sharing, it takes from the first of its frames.
