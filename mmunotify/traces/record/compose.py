@@ -16,7 +16,7 @@ from .syscalls import BY_NUMBER
 from .tree import Tree
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Set
 
     from .timeline import Events
     from .writer import RecordingWriter
@@ -42,12 +42,18 @@ _PLACERS: Final = {"mmap": 1, "mremap": 2}
 class Composer:
     """One recording being put together.
 
-    `began` is the time that the first line counts from; `started`: the root's execve is past, and
-    everything counts.
+    `began` is the time that the first line counts from; `kernel_tasks` have no memory of their own;
+    `started`: the root's execve is past, and everything counts.
     """
 
     def __init__(
-        self, writer: RecordingWriter, root: int, began: int, *, started: bool = False
+        self,
+        writer: RecordingWriter,
+        root: int,
+        began: int,
+        *,
+        kernel_tasks: Set[int] = frozenset(),
+        started: bool = False,
     ) -> None:
         self._writer = writer
         self.micros = began // 1000
@@ -61,7 +67,9 @@ class Composer:
         self._exits: Final[dict[int, Entry]] = {}
         self._calls: Final[dict[int, tuple[str, list[int]]]] = {}
         self._programs: Final[dict[int, str]] = {}
-        self._last: Final[dict[int, Entry | None]] = {}
+        self._last: Final[dict[int, tuple[Entry, str] | None]] = {}
+        self._reclaimers: Final[set[int]] = set()
+        self._kernel_tasks: Final = kernel_tasks
         self._spaces: Final[set[int]] = set()
         self._mapped: Final = Spans()
         self._do: Final[dict[str, Callable[[int, Entry, list[int], str | None], str | None]]] = {
@@ -191,26 +199,36 @@ class Composer:
         return None
 
     def _announce(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
+        line = f" {values[0]:x} {values[1]:x}"
         if tid in self.tree:
             self._last[tid] = None
-        elif values[0] in self._mapped:
-            self._last[tid] = entry
-        else:
+            return line
+        if values[0] not in self._mapped:
             self._last.pop(tid, None)
             self.foreign += 1
             return None
-        return f" {values[0]:x} {values[1]:x}"
+        self._last[tid] = entry, f"u {tid}{line}"
+        if tid in self._kernel_tasks:
+            return line
+        # Most likely its own memory, at the same address: what it counts next would say otherwise.
+        self.foreign += 1
+        self._entries.append(entry)
+        return None
 
     def _age(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
-        if tid not in self.tree and values[0] not in self._mapped:
+        if not self._concerned(tid, values[0]):
             return None
         self._last[tid] = None
         return f" {values[0]:x} {values[1]:x}"
 
     def _test(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
-        if tid not in self.tree and values[0] not in self._mapped:
-            return None
-        return f" {values[0]:x}"
+        return f" {values[0]:x}" if self._concerned(tid, values[0]) else None
+
+    def _concerned(self, tid: int, address: int) -> bool:
+        """Whether somebody who asks how old a page is can mean one of ours."""
+        return tid in self.tree or (
+            address in self._mapped and (tid in self._kernel_tasks or tid in self._reclaimers)
+        )
 
     def _count(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         identity, member, size = values[:3]
@@ -226,11 +244,13 @@ class Composer:
             self._spaces.add(identity)
         elif tid in self._last:
             announced = self._last.pop(tid)
-            if announced is not None and not known:
-                # It was about memory of somebody else, which has the same addresses.
-                announced[1] = None
-                self.foreign += 1
-                return None
+            if announced is not None:
+                entry_of_it, line = announced
+                self.foreign += (entry_of_it[1] is not None) - known
+                entry_of_it[1] = line if known else None
+                if not known:
+                    return None
+                self._reclaimers.add(tid)
         else:
             return None
         self._last.pop(tid, None)

@@ -21,6 +21,7 @@ from . import residue, shim, timeline
 from .capture import Capture
 from .compose import FAILED, Composer
 from .launch import Command, find
+from .tree import kernel_tasks
 from .writer import RecordingWriter, no_room, scratch
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class _Run:
     last: Progress
     lost: list[int]
     copies: bytes
+    kernel_tasks: set[int]
 
 
 class Recorder:
@@ -155,7 +157,7 @@ class Recorder:
             command.abandon()
         last = self._progress(capture, began)
         copies = (directory / _MAPS).read_bytes() if directory is not None else b""
-        return _Run(command, began, ended, last, capture.lost(), copies)
+        return _Run(command, began, ended, last, capture.lost(), copies, kernel_tasks())
 
     def _watch(self, command: Command, capture: Capture, began: int) -> None:
         """Until nothing runs any more, or somebody insists that the recording ends."""
@@ -192,7 +194,7 @@ class Recorder:
                 self._due = now + _SHOW_SECONDS
                 self._show(attrs.evolve(run.last, written=writer.events))
 
-        composer = Composer(writer, command.pid, run.began)
+        composer = Composer(writer, command.pid, run.began, kernel_tasks=run.kernel_tasks)
         side_lost: list[int] = []
         streams: list[Iterator[Events]] = [
             *(timeline.ring(ring.spool, capture.page, ring.formats) for ring in capture.rings),

@@ -7,7 +7,9 @@ kernel traces. One that never was is named in the end, with the reason.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -20,6 +22,21 @@ if TYPE_CHECKING:
 CLONE_VM: Final = 0x100
 
 look_up = cache(program)
+
+_PF_KTHREAD: Final = 0x200000
+_FLAGS: Final = 6
+"""The field of /proc/PID/stat, counted from the one after the name."""
+
+
+def kernel_tasks() -> set[int]:
+    """The kernel's own threads: kswapd, kworker, ksmd, kdamond and others."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
+            if int(fields[_FLAGS]) & _PF_KTHREAD:
+                found.add(int(path.parent.name))
+    return found
 
 
 @attrs.define(eq=False)
