@@ -113,7 +113,7 @@ class File:
         if cached:
             self.machine.lru.drain()
         for index in [i for i in self.swapped if first <= i < end]:
-            self.machine.swap.drop(self.swapped.pop(index))
+            self.machine.swap.drop_unmapped(self.swapped.pop(index))
 
     async def _truncate_pages(self, first: int, last: int | None) -> None:
         """`drop_pages`, having split the folios that are only partly in the range."""
@@ -207,6 +207,9 @@ class File:
                 self.machine.frames.give_back(frame)
                 return self.pages.get(index, -1), False
             slot = self.swapped.pop(index, None)
+            if slot is not None and slot in self.machine.swap.cache:
+                self.machine.frames.give_back(frame)
+                return self._from_swap_cache(index, slot), False
             if slot is not None:
                 self.machine.swap.read(slot, frame)
                 self.machine.swap.drop(slot)
@@ -223,14 +226,27 @@ class File:
     def closed(self, vma: Vma) -> None:
         """A mapping of it goes."""
 
+    def _from_swap_cache(self, index: int, slot: int) -> int:
+        """Make a page that was read into the swap cache one of the file's; its frame."""
+        swap, frames = self.machine.swap, self.machine.frames
+        frame = swap.cache[slot]
+        frames.get(frame)
+        swap.drop(slot)
+        swap.delete_from_cache(frame)
+        self.add(index, frame)
+        frames.word[frame] |= fr.PG_DIRTY
+        frames.put(frame)
+        return frame
+
     async def readahead(self, first: int, last: int) -> None:
-        """Read pages [first, last) that are not cached from the disk, or from swap."""
+        """Read pages [first, last) that are not cached from the disk, or into the swap cache."""
         for index in range(first, last):
             if index in self.pages:
                 continue
             if self.kind == "memfd":
-                if index in self.swapped:
-                    await self.page(index)
+                slot = self.swapped.get(index)
+                if slot is not None and slot not in self.machine.swap.cache:
+                    await self.machine.read_swap_cache(slot, readahead=False)
                 continue
             frame = await self.machine.alloc_frame()
             if index in self.pages or index >= self.page_end:

@@ -282,13 +282,11 @@ async def _pageout(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> No
 
 async def _willneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
     """Begin to read what is not in memory: swap into its cache, files into theirs."""
-    mm.machine.lru.drain()
-    if vma.file is not None and not vma.flags & f.VM_HUGETLB:
+    if vma.file is not None:
         low = vma.pgoff + first - vma.first
         await vma.file.readahead(low, min(low + last - first, vma.file.page_end))
-    if vma.anon_vma is None:
-        return
-    if vma.file is not None:
+        if not vma.file.writenotify:
+            mm.machine.lru.drain()
         return
     for _, entries in mm.pt.runs(first, last):
         slots = frames_of(
@@ -297,6 +295,7 @@ async def _willneed(mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> N
         for slot in slots.tolist():
             if slot not in mm.machine.swap.cache:
                 await mm.machine.read_swap_cache(slot, readahead=False)
+    mm.machine.lru.drain()
 
 
 # ---------------------------------------------------------------------- guard pages
