@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 def record(
     *command: Annotated[str, Parameter(allow_leading_hyphen=True)],
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
-    buffer: int = 32,
+    buffer: int | None = None,
     quiet: Annotated[bool, Parameter(name=("--quiet", "-q"), negative="")] = False,
     cleanup: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
@@ -47,7 +48,8 @@ def record(
     output
         The recording to write; compressed if its name ends in .xz.
     buffer
-        MiB of kernel memory per processor and ring, for what happens while nobody can read.
+        MiB of kernel memory per processor and ring, of which there are two, for what happens while
+        nobody can read. By default 32, and less where that would be more than 1 GiB.
     quiet
         Show no counters while it runs.
     cleanup
@@ -61,6 +63,9 @@ def record(
         raise RecorderError("expected a command: mmunotify record -o FILE -- COMMAND...")
     if output is None:
         raise RecorderError("expected -o FILE: where to write the recording")
+    if buffer is not None and buffer < 1:
+        raise RecorderError(f"--buffer {buffer}: expected at least 1 MiB")
+    size = buffer or max(4, min(32, 512 // (os.cpu_count() or 1)))
     console = Console(stderr=True)
     counters = console.status("starting")
     with ExitStack() as stack:
@@ -71,7 +76,7 @@ def record(
         if means is None:
             outcome = record_with_strace(command, output, show)
         else:
-            outcome = Recorder(command, output, means, show).record(buffer_mib=buffer)
+            outcome = Recorder(command, output, means, show).record(buffer_mib=size)
     _sum_up(output, outcome)
     return outcome.status
 

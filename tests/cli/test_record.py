@@ -236,12 +236,20 @@ def test_a_command_that_vanishes_before_it_runs_is_one_clear_line(tmp_path: Path
 @pytest.mark.usefixtures("machine_as_before")
 def test_programs_that_cannot_be_followed_are_named(tmp_path: Path) -> None:
     source = tmp_path / "quiet.c"
-    source.write_text("int main(void) { return 0; }\n")
+    # With an argument it makes a child behind the back of the C library.
+    source.write_text(
+        "#include <signal.h>\n#include <sys/syscall.h>\n#include <sys/wait.h>\n"
+        "#include <unistd.h>\n"
+        "int main(int count, char **words) {\n"
+        "    if (count > 1 && syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0) == 0) _exit(0);\n"
+        "    wait(0);\n    return 0;\n}\n"
+    )
     static, plain, path = tmp_path / "static", tmp_path / "plain", tmp_path / "x.mmt"
     subprocess.run(["cc", "-static", "-o", static, source], check=True)
     subprocess.run(["cc", "-o", plain, source], check=True)
-    said = record(path, "bash", "-c", f"{static}; {static}; env -i {plain}; {plain}")
+    said = record(path, "bash", "-c", f"{static}; {static}; env -i {plain}; {plain} raw")
     assert header(path)["unobserved"] == [
+        [str(plain), "made by a clone that the C library did not see", 1],
         [str(plain), "started without the recorder's environment", 1],
         [str(static), "a static binary", 2],
     ]

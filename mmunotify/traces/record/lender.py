@@ -1,10 +1,18 @@
-"""Lends /dev/kvm to processes that may not open it, through an abstract socket."""
+"""Lends /dev/kvm to recorded processes that may not open it, through an abstract socket.
+
+Anybody can connect to that; only who descends from the recorder is lent to.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
+from contextlib import suppress
 from typing import Final, Self
+
+_CREDENTIALS: Final = struct.Struct("=iII")
+"""Process, user, group."""
 
 
 class Lender:
@@ -36,5 +44,19 @@ class Lender:
                 borrower, _ = self._socket.accept()
             except BlockingIOError:
                 return
-            with borrower:
-                socket.send_fds(borrower, [b"k"], [self._kvm])
+            with borrower, suppress(OSError):
+                who = borrower.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                if _descends(_CREDENTIALS.unpack(who)[0]):
+                    socket.send_fds(borrower, [b"k"], [self._kvm])
+
+
+def _descends(pid: int) -> bool:
+    """Whether a process is of this one's making: orphans come back to their recorder."""
+    me = os.getpid()
+    while pid > 1 and pid != me:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return pid == me

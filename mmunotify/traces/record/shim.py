@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from importlib.resources import files
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 _FLAGS: Final = (
     *("-O2", "-shared", "-fPIC", "-nostdlib", "-ffreestanding", "-fno-stack-protector"),
     "-Wl,-z,noexecstack",
+)
+_HEAD: Final = re.compile(rb"@(\d{1,19}) (\d{1,9}) ([SFE]) (\d{1,4})\n")
+_MAPPING: Final = re.compile(
+    rb"[0-9a-f]{1,16}-[0-9a-f]{1,16} [-rwxsp]{4} [0-9a-f]{1,16} \w+:\w+ \d{1,18}[ \n]"
 )
 MAPS: Final = "MMUNOTIFY_RECORD_MAPS"
 KVM: Final = "MMUNOTIFY_RECORD_KVM"
@@ -67,11 +72,14 @@ def copies(text: bytes) -> Iterator[tuple[int, int, str, int, list[str]]]:
     for line in text.splitlines(keepends=True):
         # A line of /proc/self/maps begins with an address.
         if line.startswith(b"@"):
-            words = line[1:].split()
-            key = int(words[0]), int(words[1]), words[2].decode(), int(words[3])
-            pieces.setdefault(key, [])
+            # Every program can write there, so anything may be there.
+            head = _HEAD.fullmatch(line)
+            key = None
+            if head is not None:
+                key = int(head[1]), int(head[2]), head[3].decode(), int(head[4])
+                pieces.setdefault(key, [])
         elif key is not None:
             pieces[key].append(line)
     for (time, tid, kind, error), parts in pieces.items():
-        whole = b"".join(parts).decode(errors="surrogateescape")
-        yield time, tid, kind, error, [" ".join(line.split(None, 5)) for line in whole.splitlines()]
+        lines = [line.decode(errors="surrogateescape") for line in parts if _MAPPING.match(line)]
+        yield time, tid, kind, error, [" ".join(line.split(None, 5)).rstrip() for line in lines]

@@ -115,7 +115,9 @@ class Instance:
             self._write("buffer_size_kb", str(buffer_kib))
         except OSError as error:
             tracefs.remove(name)
-            raise RecorderError(f"tracefs instance {name}: {error.strerror}") from error
+            raise RecorderError(
+                f"tracefs instance {name} of {buffer_kib} KiB per processor: {error.strerror}"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
