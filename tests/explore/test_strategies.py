@@ -268,6 +268,23 @@ def test_drawn_shrinks_what_the_test_draws_together_with_the_schedule() -> None:
     assert smallest == (2, "01")
 
 
+# All of them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [DFS(), DFS(preemptions=1), SleepSets(), Random(), PCT(), Hypothesis()],
+    ids=repr,
+)
+def test_a_strategy_that_was_used_begins_anew(strategy: Strategy) -> None:
+    """It does not take what it has tried in another exploration for done."""
+    first = explore(taking_turns(3, "a", "b"), strategy=strategy, schedules=100).check()
+    again = explore(taking_turns(3, "a", "b"), strategy=strategy, schedules=100).check()
+    first.seconds = again.seconds = 0
+    assert first == again
+    assert first.schedules > 1
+
+
 # A schedule that fails ---------------------------------------------------------------------------
 
 
@@ -337,5 +354,5 @@ def test_strategies_refuse_nonsense() -> None:
         DFS(preemptions=-1)
     with pytest.raises(ValueError, match="depth=0"):
         PCT(depth=0)
-    with pytest.raises(ValueError, match="strategy='bfs', expected one of dfs, random, pct"):
+    with pytest.raises(ValueError, match="strategy='bfs', expected one of dfs, sleep-sets, random"):
         explore(spins, strategy="bfs")

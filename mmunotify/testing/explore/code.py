@@ -15,7 +15,7 @@ _LIBRARY: Final = tuple(sysconfig.get_path(name) + os.sep for name in ("stdlib",
 _PACKAGES: Final = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib"))
 _OURS: Final = tuple(
     os.path.join(os.path.dirname(spec.origin), "")
-    for spec in map(find_spec, (__package__, "anyio", "sniffio"))
+    for spec in map(find_spec, (__package__, "anyio", "sniffio", "_pytest", "pluggy", "hypothesis"))
     if spec is not None and spec.origin is not None
 )
 

@@ -154,6 +154,7 @@ class Search:
     def run(self) -> Exploration:
         """Explore until there is nothing left, or enough."""
         found, strategy = self.found, self.strategy
+        strategy.start()
         try:
             if strategy.drive is not None:
                 strategy.drive(self)

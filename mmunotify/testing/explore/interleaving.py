@@ -6,7 +6,7 @@ import linecache
 import os
 import sys
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import attrs
 
@@ -15,7 +15,7 @@ from .traps import running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import CodeType, FrameType
+    from types import FrameType
 
     from .events import Event
     from .task import Task
@@ -34,18 +34,26 @@ _LINES_KEPT: Final = 1_000
 _SILENT: Final = (StopIteration, StopAsyncIteration, GeneratorExit)
 
 
+class _Line(NamedTuple):
+    depth: int
+    """How many calls deep it is."""
+    file: str
+    """Empty for what is no line of the program."""
+    text: str
+
+
 @attrs.define
 class _Step:
     task: str
     before: list[str]
     """What was chosen before it, other than whom to run."""
-    lines: list[tuple[int, str]] = attrs.Factory(list)
-    """How many calls deep, and what."""
+    lines: list[_Line] = attrs.Factory(list)
     times: int = 1
 
-    def add(self, depth: int, line: str) -> None:
-        if not self.lines or self.lines[-1] != (depth, line):
-            self.lines.append((depth, line))
+    def add(self, depth: int, text: str, file: str = "") -> None:
+        line = _Line(depth, file, text)
+        if not self.lines or self.lines[-1] != line:
+            self.lines.append(line)
             if len(self.lines) > _LINES_KEPT:
                 del self.lines[_LINES_KEPT // 2 : -_LAST_LINES]
 
@@ -105,7 +113,10 @@ class Recorder:
         if is_ours(code.co_filename):
             return None
         if event == "line":
-            self._steps[-1].add(_depth(frame), _source(code, frame.f_lineno))
+            number = frame.f_lineno
+            source = linecache.getline(code.co_filename, number).strip()
+            file = os.path.basename(code.co_filename)
+            self._steps[-1].add(_depth(frame), f"{number}: {source}", file)
         elif event == "exception" and arg[1] is not self._raised:
             self._raised = arg[1]
             if not isinstance(arg[1], _SILENT):
@@ -138,13 +149,16 @@ class Recorder:
         else:
             head = "a column each for " + ", ".join(names)
         rows = [f"step  {head}".rstrip()]
+        files = {line.file for step in self._steps for line in step.lines if line.file}
+        if len(files) == 1:
+            rows.insert(0, f"lines of {next(iter(files))}")
         number = 1 + self._left_out
         if self._left_out:
             rows.append(f"      ... {self._left_out} steps before")
         for step in self._steps:
             rows += [f"      {note}" for note in step.before]
             again = [f"... {step.times} such steps in a row"] if step.times > 1 else []
-            for line_number, line in enumerate([*_cut(step.lines), *again]):
+            for line_number, line in enumerate([*_cut(step.lines, len(files) > 1), *again]):
                 label = f"{number:4}  " if line_number == 0 else " " * 6
                 who = f"{step.task}: " if stride != column and line_number == 0 else ""
                 rows.append(f"{label}{' ' * at[step.task]}{(who + line)[: _WIDTH - at[step.task]]}")
@@ -152,20 +166,20 @@ class Recorder:
         return "\n".join(rows)
 
 
-def _cut(lines: list[tuple[int, str]]) -> Iterator[str]:
+def _cut(lines: list[_Line], named: bool) -> Iterator[str]:
     """The outermost lines, as many as there is room for, and the last ones, where it suspended."""
     kept = set(range(max(0, len(lines) - _LAST_LINES), len(lines)))
-    for depth in sorted({depth for depth, _ in lines}):
-        level = {number for number, line in enumerate(lines) if line[0] == depth}
+    for depth in sorted({line.depth for line in lines}):
+        level = {number for number, line in enumerate(lines) if line.depth == depth}
         if len(kept | level) > _LINES_PER_STEP:
             break
         kept |= level
     left_out = False
-    for number, (_, line) in enumerate(lines):
+    for number, line in enumerate(lines):
         if number in kept:
             if left_out:
                 yield "..."
-            yield line
+            yield f"{line.file}:{line.text}" if named and line.file else line.text
         left_out = number not in kept
 
 
@@ -176,8 +190,3 @@ def _depth(frame: FrameType) -> int:
         depth += not is_ours(back.f_code.co_filename)
         back = back.f_back
     return depth
-
-
-def _source(code: CodeType, number: int) -> str:
-    line = linecache.getline(code.co_filename, number).strip()
-    return f"{os.path.basename(code.co_filename)}:{number}  {line}"

@@ -37,6 +37,9 @@ class Strategy:
         """What kept it from trying every schedule, for reports."""
         return ()
 
+    def start(self) -> None:
+        """Forget what an exploration before has left: a new one begins."""
+
     def begin(self, path: Path) -> bool:
         """Prepare `path`, which has the choices of the latest execution; False ends it all."""
         raise NotImplementedError

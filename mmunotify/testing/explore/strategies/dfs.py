@@ -24,8 +24,7 @@ class DFS(Strategy):
         if preemptions is not None and preemptions < 0:
             raise BadExploration(f"preemptions={preemptions}, expected a number from 0 on, or None")
         self.preemptions = preemptions
-        self._begun = False
-        self._cut = False
+        self.start()
 
     def __repr__(self) -> str:
         return f"DFS(preemptions={self.preemptions})" if self.preemptions is not None else "DFS()"
@@ -34,6 +33,11 @@ class DFS(Strategy):
     def bounds(self) -> tuple[str, ...]:
         """Preemptions, if there were schedules with more of them."""
         return (f"preemptions <= {self.preemptions}",) if self._cut else ()
+
+    def start(self) -> None:
+        """At the first schedule again."""
+        self._begun = False
+        self._cut = False
 
     def begin(self, path: Path) -> bool:
         """Take the next option of the last choice that has one."""

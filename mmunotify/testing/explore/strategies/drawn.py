@@ -40,8 +40,7 @@ class Drawn(Strategy):
 
         self._draw = data.draw
         self._options = st.integers
-        self._begun = False
-        self._drawn = 0
+        self.start()
         self.decide = self.choose
 
     def __repr__(self) -> str:
@@ -51,6 +50,11 @@ class Drawn(Strategy):
     def bounds(self) -> tuple[str, ...]:
         """Choices, if there were more of them."""
         return (f"choices <= {_MOST}",) if self._drawn > _MOST else ()
+
+    def start(self) -> None:
+        """Draw another schedule."""
+        self._begun = False
+        self._drawn = 0
 
     def begin(self, path: Path) -> bool:
         """Once."""
@@ -106,6 +110,7 @@ class Hypothesis(Strategy):
         import hypothesis
         from hypothesis import strategies as st
 
+        self._bounds = ()
         seen: set[tuple[int, ...]] = set()
         unseen = Fraction(1)
         """Of all schedules, those at each choice counted as equally many."""

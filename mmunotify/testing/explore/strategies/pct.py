@@ -34,12 +34,16 @@ class PCT(Strategy):
             raise BadExploration(f"depth={depth}, expected at least 1")
         self.depth = depth
         self.seed = seed
-        self._random = Generator(seed)
-        self._length = 1
-        """The most choices that an execution had so far."""
+        self.start()
 
     def __repr__(self) -> str:
         return f"PCT(depth={self.depth}, seed={self.seed})"
+
+    def start(self) -> None:
+        """At the first schedule again."""
+        self._random = Generator(self.seed)
+        self._length = 1
+        """The most choices that an execution had so far."""
 
     def begin(self, path: Path) -> bool:
         """Repeat nothing; draw the places at which priorities will change."""

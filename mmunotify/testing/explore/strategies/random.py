@@ -18,7 +18,7 @@ class Random(Strategy):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        self._draw = Generator(seed).random
+        self.start()
         self.decide = self.choose
 
     def __repr__(self) -> str:
@@ -27,6 +27,10 @@ class Random(Strategy):
     def choose(self, width: int) -> int:
         """Any option."""
         return int(self._draw() * width)
+
+    def start(self) -> None:
+        """At the first schedule again."""
+        self._draw = Generator(self.seed).random
 
     def begin(self, path: Path) -> bool:
         """Repeat nothing."""

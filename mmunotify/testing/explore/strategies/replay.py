@@ -26,12 +26,16 @@ class Replay(Strategy):
     def __init__(self, schedule: str) -> None:
         self.schedule = schedule
         self._choices = decode(schedule)
-        self._place = 0
-        self._begun = False
+        self.start()
         self.decide = self.choose
 
     def __repr__(self) -> str:
         return f"Replay({self.schedule!r})"
+
+    def start(self) -> None:
+        """At the start of the schedule again."""
+        self._place = 0
+        self._begun = False
 
     def begin(self, path: Path) -> bool:
         """Once, from the start."""

@@ -55,12 +55,16 @@ class SleepSets(Strategy):
     shrinks = False
 
     def __init__(self) -> None:
-        self._points: list[_Point] = []
-        self._depth = 0
-        self._begun = False
+        self.start()
 
     def __repr__(self) -> str:
         return "SleepSets()"
+
+    def start(self) -> None:
+        """At the first schedule again."""
+        self._points: list[_Point] = []
+        self._depth = 0
+        self._begun = False
 
     def begin(self, path: Path) -> bool:
         """Go to the next option of the last choice that has one."""
