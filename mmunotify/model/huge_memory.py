@@ -279,11 +279,12 @@ async def _collapse_one(machine: Machine[Any], mm: AddressSpace[Any], vma: Vma, 
             detached = mm.pt.detach(page >> 9)
             assert detached is not None
             mm.pt.pool.free(detached)
+            # Before anybody is told the end: a fault would find nothing here, and map zeroes.
+            _map_new(mm, vma, page >> 9, head)
     if blocked:
         for at in range(NR):
             frames.give_back(head + at)
         raise MmError(errno.EAGAIN, f"madvise(collapse) at {page << PAGE_SHIFT:#x}: pages in use")
-    _map_new(mm, vma, page >> 9, head)
     for frame in old:
         machine.put_page(frame)
 
