@@ -62,7 +62,7 @@ class Section:
         self._batched = zap and machine.batching != "range"
         self._zap = zap
         # 2008 told what the reverse map does to one page in one call, once the entry is gone.
-        self._page = machine.era == "v16" and not zap and last - first == 1
+        self._page = machine.era == "v16" and locked and not zap and last - first == 1
         self._locked = locked
         self.gather = Gather(mm)
 

@@ -103,6 +103,12 @@ async def change_protection(
     if vma.flags & f.VM_HUGETLB:
         await hugetlb.change_protection(mm, vma, first, last)
         return
+    if mm.machine.era == "v16":
+        # Around all of it, tables or not, and flushed before the end.
+        async with mm.section(first, last, Event.PROTECTION_VMA):
+            await _change_range(mm, vma, first, last, uffd_wp)
+            mm.flush_tlb(first, last)
+        return
     while first < last:
         end = min(last, (first // _P4D_PAGES + 1) * _P4D_PAGES)
         gibs = mm.pt.gibs(first, end)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 _TASK_PAGES = TASK_SIZE >> PAGE_SHIFT
+_LATENCY_PAGES = 64
 
 
 async def mremap(
@@ -244,6 +245,9 @@ async def _move_page_tables(
     """Move the entries of [first, last) to `target`: whole leaves where both are aligned."""
     if first == last:
         return
+    if mm.machine.era == "v16":
+        await _move_in_chunks(mm, vma, new, first, last, target)
+        return
     first, target = _realign(mm, vma, new, first, last, target)
     event = Event.CLEAR if vma.flags & f.VM_HUGETLB else Event.UNMAP
     async with mm.section(first, last, event), mm.locks_of(vma, new):
@@ -260,6 +264,20 @@ async def _move_page_tables(
             else:
                 at = _next_present(mm, at, room, last)
         mm.flush_tlb(first, last)
+
+
+async def _move_in_chunks(
+    mm: AddressSpace[Any], vma: Vma, new: Vma, first: int, last: int, target: int
+) -> None:
+    """2008: a section for each 64 pages (LATENCY_LIMIT) of a page table; flushed at the end."""
+    at = first
+    while at < last:
+        room = min(last - at, _LATENCY_PAGES, 512 - (at & 511), 512 - ((target + at - first) & 511))
+        if at >> 9 in mm.pt.leaves:
+            async with mm.section(at, at + room, Event.UNMAP), mm.locks_of(vma, new):
+                _move_leaf(mm, at, target + at - first, room)
+        at += room
+    mm.flush_tlb(first, last)
 
 
 def _next_present(mm: AddressSpace[Any], at: int, room: int, last: int) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
 
 import mmunotify as mn
-from mmunotify.model import Machine
+from mmunotify.model import AddressSpace, Machine
+from mmunotify.model import flags as f
 
 if TYPE_CHECKING:
     from mmunotify.model.machine import Era
 
 PAGE = mn.PAGE_SIZE
+FIXED = f.MAP_PRIVATE | f.MAP_ANONYMOUS | f.MAP_FIXED
 
 
 class Heard(mn.AtomicDriver):
@@ -52,3 +56,90 @@ async def test_today_everything_is_a_range() -> None:
     page = ("range", base, base + PAGE)
     whole = ("range", 0, mn.ULONG_MAX)
     assert calls == [page, page, whole, ("range", base, base + 2 * PAGE)]
+
+
+class Case(NamedTuple):
+    """An operation on 200 pages, of which the first 100 are there, and what 2008 told, in pages."""
+
+    name: str
+    calls: list[tuple[str, int, int]]
+
+
+CASES = [
+    Case("munmap", [("range", 0, 200)]),
+    Case("dontneed", [("range", 10, 20)]),
+    Case("mprotect", [("range", 10, 20)]),
+    Case("mprotect of nothing", [("range", 150, 160)]),
+    Case("mprotect of one page", [("range", 5, 6)]),
+    # Chunks of 64 pages are moved one by one, then the source is unmapped.
+    Case(
+        "mremap",
+        [("range", 0, 64), ("range", 64, 128), ("range", 128, 192), ("range", 192, 200)]
+        + [("range", 0, 200)],
+    ),
+    Case("fork", [("range", 0, 200)]),
+    Case("write after fork", [("page", 3, 4)]),
+    Case("first write after a read", [("page", 120, 121)]),
+    Case("pageout", [("page", 7, 8), ("page", 8, 9)]),
+    Case("migrate", [("page", 4, 5)]),
+    Case("clear_refs", []),
+    Case("split of a vma", []),
+    Case("exit", []),
+]
+
+
+async def do(
+    machine: Machine[mn.RwSems], mm: AddressSpace[mn.RwSems], base: int, what: str
+) -> None:
+    def at(page: int) -> int:
+        return base + page * PAGE
+
+    match what:
+        case "munmap":
+            await mm.munmap(base, 200 * PAGE)
+        case "dontneed":
+            await mm.madvise(at(10), 10 * PAGE, "dontneed")
+        case "mprotect":
+            await mm.mprotect(at(10), 10 * PAGE, f.PROT_READ)
+        case "mprotect of nothing":
+            await mm.mprotect(at(150), 10 * PAGE, f.PROT_READ)
+        case "mprotect of one page":
+            await mm.mprotect(at(5), PAGE, f.PROT_READ)
+        case "mremap":
+            to = base + (4 << 20)
+            await mm.mremap(base, 200 * PAGE, 200 * PAGE, f.MREMAP_MAYMOVE | f.MREMAP_FIXED, to)
+        case "fork":
+            await mm.fork()
+        case "write after fork":
+            await mm.access(at(3), True)
+        case "first write after a read":
+            await mm.access(at(120))
+            await mm.access(at(120), True)
+        case "pageout":
+            await mm.madvise(at(7), 2 * PAGE, "pageout")
+        case "migrate":
+            await machine.migrate(mm, at(4))
+        case "clear_refs":
+            await mm.clear_refs(4)
+        case "split of a vma":
+            await mm.madvise(at(10), PAGE, "dontfork")
+        case "exit":
+            await mm.exit()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_2008_operation_by_operation(case: Case) -> None:
+    async with Machine(frames=1024, swap=64, era="v16") as machine:
+        mm = machine.new_mm("P")
+        base = await mm.mmap(4 << 20, addr=64 << 20, flags=FIXED)
+        await mm.munmap(base + 200 * PAGE, (4 << 20) - 200 * PAGE)
+        await mm.touch(base, 100 * PAGE, write=True)
+        if case.name == "write after fork":
+            await mm.fork()
+        driver = Heard()
+        await mm.register(driver)
+        await do(machine, mm, base, case.name)
+        heard = [
+            (how, (low - base) // PAGE, (high - base) // PAGE) for how, low, high in driver.calls
+        ]
+        assert heard == case.calls
