@@ -5,6 +5,8 @@
     pte512    start and end per <= 512 entries, under the page table lock
     page      invalidate_page per page, under the page table lock       (2008)
 
+A gather begins inside of the section, as patches 4 and 5 of 2008 put it, or outside around it.
+
 Only zaps are told differently by `batching`; what write-protects or moves has its section in any
 case. With nobody registered a section costs one test.
 """
@@ -37,7 +39,7 @@ class Section:
 
     __slots__ = (
         "_batched", "_event", "_first", "_last", "_locked", "_page", "_told", "_zap",
-        "gather", "mm", "pending", "rng",
+        "gather", "mm", "outside", "pending", "rng",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +66,10 @@ class Section:
         # 2008 told what the reverse map does to one page in one call, once the entry is gone.
         self._page = machine.era == "v16" and locked and not zap and last - first == 1
         self._locked = locked
-        self.gather = Gather(mm)
+        self.outside = zap and machine.gather == "outside"
+        """Whether the gather was begun before the start, so that nobody may suspend until its end,
+        after which the primary TLB is flushed and the pages are released."""
+        self.gather = Gather(mm, hold=self.outside)
 
     def __aenter__(self) -> Awaited:
         notifiers = self.mm.notifiers
@@ -75,7 +80,7 @@ class Section:
         if self._batched:
             self.gather.hold = True
         elif not self._page:
-            if not notifiers.plain:
+            if not (notifiers.plain or self.outside):
                 return self._start(rng)
             self._begun(notifiers.invalidate_range_start_atomic(rng))
         return READY
@@ -95,7 +100,7 @@ class Section:
         if told is None or told.suspends or told.sync_calls:
             return self._end(rng)
         self.mm.notifiers.invalidate_range_end_atomic(rng, told)
-        if self._locked and self.gather.held:
+        if self._locked and (self.gather.held or self.outside):
             self.mm.machine.owed.append(self)
         return READY
 
@@ -116,7 +121,7 @@ class Section:
 
     def settle(self) -> Awaited:
         """Let deferred drivers finish, then release the pages that were unmapped."""
-        if self.pending or self.gather.held:
+        if self.pending or self.gather.held or self.outside:
             return self._settle()
         return READY
 
@@ -125,6 +130,8 @@ class Section:
         failed = self.failed
         for rng, told in pending:
             failed = bool(await self.mm.notifiers.invalidate_range_sync(rng, told)) or failed
+        if self.outside:
+            self.mm.flush_tlb(self._first, self._last)
         self.gather.finish(leak=failed)
 
     @property

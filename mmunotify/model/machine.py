@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 L = TypeVar("L", bound=LockModel)
 Thp = Literal["never", "madvise", "always"]
 Era = Literal["linux-6", "v16"]
+GatherAt = Literal["inside", "outside"]
 _RESCHED_PAGES: Final = 4096
 _RESCHED_NS: Final = 1_000_000
 
@@ -51,27 +52,32 @@ class Machine(Generic[L]):
 
     `frames` and `swap` are pages. `locks` is the locking model of the reverse maps, which decides
     which drivers can register. `contents` gives pages real bytes. `batching` says how zaps are told
-    and `era` what is announced. `hugepages` of 2 MiB are set aside for hugetlb. `take_all` is how
-    registration keeps sections out.
+    and `era` what is announced. `hugepages` of 2 MiB are set aside for hugetlb. `gather` says
+    where an unmap collects its pages: inside of its section, or outside around it with preemption
+    off, which was so before patches 4 and 5 of 2008 and lets nobody suspend in it. `take_all` is
+    how registration keeps sections out.
     """
 
     @overload
     def __init__(
         self: Machine[RwSems], frames: int = ..., swap: int = ..., locks: type[RwSems] = ..., *,
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., gather: GatherAt = ..., take_all: TakeAll | None = ...,
+        name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self, frames: int, swap: int, locks: type[L], *,
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., gather: GatherAt = ..., take_all: TakeAll | None = ...,
+        name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     @overload
     def __init__(
         self, frames: int = ..., swap: int = ..., *, locks: type[L],
         contents: bool = ..., batching: Batching = ..., era: Era = ..., thp: Thp = ...,
-        hugepages: int = ..., take_all: TakeAll | None = ..., name: str = ..., logger: object = ...,
+        hugepages: int = ..., gather: GatherAt = ..., take_all: TakeAll | None = ...,
+        name: str = ..., logger: object = ...,
     ) -> None: ...  # fmt: skip
     def __init__(
         self,
@@ -84,6 +90,7 @@ class Machine(Generic[L]):
         era: Era = "linux-6",
         thp: Thp = "madvise",
         hugepages: int = 0,
+        gather: GatherAt = "inside",
         take_all: TakeAll | None = None,
         name: str = "machine",
         logger: object = None,
@@ -94,6 +101,7 @@ class Machine(Generic[L]):
         self.locks: Final = locks
         self.batching: Final[Batching] = batching
         self.era: Final[Era] = era
+        self.gather: Final[GatherAt] = gather
         self.thp: Final[Thp] = thp
         self.take_all: Final[TakeAll] = take_all if take_all is not None else Flagged()
         self.logger: Final = logger

@@ -138,7 +138,8 @@ async def zap_pages(
     for page, entries in mm.pt.runs(first, last):
         if zap_run(mm, vma, entries, section.gather, even_cows, drop_markers):
             section.zapped(page, page + len(entries))
-            mm.flush_tlb(page, page + len(entries))
+            if not section.outside:
+                mm.flush_tlb(page, page + len(entries))
 
 
 def zap_all(mm: AddressSpace[Any]) -> None:

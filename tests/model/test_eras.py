@@ -65,6 +65,7 @@ class Case(NamedTuple):
     calls: list[tuple[str, int, int]]
 
 
+CHUNKS = [("range", 0, 64), ("range", 64, 128), ("range", 128, 192), ("range", 192, 200)]
 CASES = [
     Case("munmap", [("range", 0, 200)]),
     Case("dontneed", [("range", 10, 20)]),
@@ -74,8 +75,7 @@ CASES = [
     # Chunks of 64 pages are moved one by one, then the source is unmapped.
     Case(
         "mremap",
-        [("range", 0, 64), ("range", 64, 128), ("range", 128, 192), ("range", 192, 200)]
-        + [("range", 0, 200)],
+        [*CHUNKS, ("range", 0, 200)],
     ),
     Case("fork", [("range", 0, 200)]),
     Case("write after fork", [("page", 3, 4)]),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 import mmunotify as mn
 from mmunotify.model import AddressSpace, Machine
 from mmunotify.model import flags as f
 from mmunotify.model.tlb import Tlb
+
+if TYPE_CHECKING:
+    from mmunotify.model.machine import GatherAt
 
 PAGE = mn.PAGE_SIZE
 MOVE = f.MREMAP_MAYMOVE | f.MREMAP_FIXED
@@ -78,3 +83,42 @@ async def test_a_flush_comes_after_the_end_where_it_does_in_linux(
             await mm.munmap(address, PAGE)
         assert driver.cached == [lazily]
         assert mm.tlb.load(address) is None
+
+
+@pytest.mark.parametrize("gather", ["inside", "outside"])
+async def test_where_the_gather_stands_says_when_it_is_flushed(gather: GatherAt) -> None:
+    """Outside of the section, one flush for all mappings comes after the end, and the release."""
+    async with Machine(frames=64, gather=gather) as machine:
+        mm = machine.new_mm("P")
+        driver = AtTheEnd()
+        driver.mm = mm
+        await mm.register(driver)
+        address = await mm.mmap(2 * PAGE)
+        mm.tlb = Tlb(mm)
+        await mm.access(address, True)
+        await mm.munmap(address, PAGE)
+        assert driver.cached == [gather == "outside"]
+        assert mm.tlb.load(address) is None
+        await mm.access(address + PAGE, True)
+        await mm.madvise(address + PAGE, PAGE, "dontneed")
+        assert mm.tlb.flushes == 2
+        assert machine.frames.used == 1
+
+
+class Sleepy(mn.SleepableDriver):
+    async def invalidate_range_start(self, rng: mn.Range) -> None:
+        """May suspend."""
+
+
+async def test_nobody_may_suspend_inside_of_a_gather() -> None:
+    """Why XPMEM needed patches 4 and 5: nothing has been unmapped when that is found out."""
+    async with Machine(frames=64, gather="outside") as machine:
+        mm = machine.new_mm("P")
+        address = await mm.mmap(PAGE)
+        await mm.access(address, True)
+        subscription = await mm.register(Sleepy())
+        with pytest.raises(mn.ScheduleWhileAtomic):
+            await mm.munmap(address, PAGE)
+        await mm.access(address)
+        await mm.unregister(subscription)
+        await mm.munmap(address, PAGE)
