@@ -122,6 +122,12 @@ def test_licence_and_types_are_in_every_distribution(built: dict[str, Built], na
     assert (PROJECTS[name] / "README.md").read_text().strip() in text
 
 
+def test_the_shim_is_in_the_distribution_that_builds_it(built: dict[str, Built]) -> None:
+    """It is C, and compiled where it is used."""
+    shim = "mmunotify/traces/record/shim.c"
+    assert shim in built["mmunotify"].sdist_files() & built["mmunotify"].wheel_files()
+
+
 @pytest.mark.parametrize("name", PROJECTS)
 def test_a_wheel_holds_its_module_alone(built: dict[str, Built], name: str) -> None:
     """No tests, no plugins, no benchmarks end up in site-packages."""

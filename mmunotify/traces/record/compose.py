@@ -172,6 +172,14 @@ class Composer:
 
     def _exit(self, tid: int, entry: Entry, values: list[int], text: str | None) -> str | None:
         self._calls.pop(tid, None)
+        for heir in self.tree.threads(tid):
+            if self._calls.get(heir, ("",))[0] in _EXECS:
+                # A thread executes: it takes the number of the first, which ends for it.
+                call = self._calls[tid] = self._calls.pop(heir)
+                self.tree.exited(heir)
+                self._entries.append([entry[0], f"e {heir}"])
+                self._entries.append([entry[0], f"> {tid} {call[0]} "])
+                return None
         self.tree.exited(tid)
         self._exits[tid] = entry
         return ""

@@ -148,9 +148,9 @@ class Recorder:
             ended = time.monotonic_ns()
             capture.stop()
         except OSError as error:
+            runs = f"; the command (process {command.pid}) still runs, and is not recorded"
             raise RecorderError(
-                f"{self._path}: cannot be written: {error.strerror}; "
-                f"the command (process {command.pid}) still runs, and is not recorded"
+                f"{self._path}: cannot be written: {error.strerror}{runs if command.reap() else ''}"
             ) from error
         finally:
             os.setpriority(os.PRIO_PROCESS, 0, nice)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CLONE_VM: Final = 0x100
+CLONE_THREAD: Final = 0x10000
 
 look_up = cache(program)
 
@@ -61,6 +62,7 @@ class Tree:
     def __init__(self, root: int) -> None:
         self._live: Final[dict[int, Space]] = {root: Space("", "exec")}
         self._unobserved: Final[Counter[tuple[str, str]]] = Counter()
+        self._leaders: Final[dict[int, int]] = {}
         self.processes = 1
         """Address spaces that were made by fork, and the first."""
 
@@ -75,11 +77,18 @@ class Tree:
     def cloned(self, tid: int, child: int, flags: int) -> None:
         """A task of the tree has made another."""
         parent = self._live.setdefault(tid, Space("", "fork"))
+        self._leaders.pop(child, None)
+        if flags & CLONE_THREAD:
+            self._leaders[child] = self._leaders.get(tid, tid)
         if flags & CLONE_VM:
             self._live[child] = parent
         else:
             self.processes += 1
             self._live[child] = Space(parent.path, "fork", reason=parent.reason)
+
+    def threads(self, leader: int) -> list[int]:
+        """The other threads of a process, by its first."""
+        return [tid for tid, first in self._leaders.items() if first == leader and tid in self]
 
     def executed(self, tid: int, path: str) -> None:
         """A task has a new program; `path` is that of the first file that was mapped for it."""

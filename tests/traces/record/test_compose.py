@@ -100,6 +100,22 @@ def test_a_task_whose_making_was_lost_is_recorded_all_the_same(tmp_path: Path) -
     ]
 
 
+def test_a_thread_that_executes_goes_on_as_the_first(tmp_path: Path) -> None:
+    events = numbers(
+        (20, "n", ROOT, (8, 0x10100)),
+        (21, ">", 8, (EXECVE,)),
+        (22, "e", ROOT, ()),
+        (25, "<", ROOT, (EXECVE, 0)),
+        (30, "e", ROOT, ()),
+    )
+    mapped = words((23, "o", ROOT, "1000 2000 r-xp 0 5 /bin/b"), (24, "x", ROOT, "/bin/b"))
+    _, lines = composed(tmp_path, BEGIN, MAPPED, mapped, events)
+    assert [line.split(" ", 1)[1] for line in lines[3:]] == [
+        *("n 7 8 10100", "> 8 execve ", "e 8", "> 7 execve "),
+        *("o 7 1000 2000 r-xp 0 5 /bin/b", "x 7 /bin/b", "< 7 execve 0", "e 7"),
+    ]
+
+
 def test_programs_of_32_bits_have_no_system_calls_and_are_named(tmp_path: Path) -> None:
     narrow = tmp_path / "narrow"
     narrow.write_bytes(struct.pack("<4sB", b"\x7fELF", 1).ljust(64, b"\0"))
