@@ -171,10 +171,7 @@ def can_reuse(mm: AddressSpace[Any], frame: int) -> bool:
         return True
     if word & fr.PG_KSM or word & fr.REF_MASK > _MANY_REFS:
         return False
-    lru = mm.machine.lru
-    if lru.is_new(frame):
-        lru.drain()
-    if lru.is_pending(frame):
+    if mm.machine.lru.holds(frame):
         return False
     if word & fr.PG_HUGE:
         return bool(word & fr.COUNTS_MASK == fr.MAPPED_ONCE) and _reuse_huge(mm, frame)
@@ -252,7 +249,10 @@ def _copy_nowait(
     if mm.tlb is not None:
         mm.tlb.flush(page, page + 1)
     if not zero:
-        machine.remove_rmap(old)
+        word = frames.word[old] - fr.MAP_ONE
+        if not word & fr.MAP_MASK:
+            word &= ~(fr.PG_MLOCKED | fr.PG_UNEVICTABLE)
+        frames.word[old] = word
         if vma.flags & f.VM_LOCKED:
             machine.lru.munlock(old)
     if told is not None and rng is not None:

@@ -10,20 +10,22 @@ Source: kernel/fork.c, mm/mmap.c (dup_mmap, exit_mmap).
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import Event
 
 from . import flags as f
 from . import memory
-from .mmap import remove_vma
+from .mmap import remove_vma, remove_vma_nowait
 from .rmap import WriteLocked, locks_of
-from .vma import link
 
 if TYPE_CHECKING:
     from .mm import AddressSpace
     from .vma import Vma
+
+
+_NOT_INHERITED: Final = f.VM_LOCKED_MASK | f.VM_UFFD_MISSING | f.VM_UFFD_WP
 
 
 async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:
@@ -55,9 +57,10 @@ async def _dup_vma(mm: AddressSpace[Any], child: AddressSpace[Any], source: Vma)
     mm.vma_start_write(source)
     vma = source.dup()
     vma.mm = child
-    vma.flags &= ~(f.VM_LOCKED_MASK | f.VM_UFFD_MISSING | f.VM_UFFD_WP)
+    if vma.flags & _NOT_INHERITED:
+        vma.flags &= ~_NOT_INHERITED
+        vma.set_page_prot()
     vma.uffd = None
-    vma.set_page_prot()
     wipe = source.flags & f.VM_WIPEONFORK
     if (source.chain and not wipe) or source.file is not None:
         async with WriteLocked(locks_of((source,))):
@@ -67,7 +70,8 @@ async def _dup_vma(mm: AddressSpace[Any], child: AddressSpace[Any], source: Vma)
                 vma.file.i_mmap.insert_after(vma, source)
                 vma.file.get()
     child.vma_start_write(vma)
-    link(child, vma)
+    child.firsts.append(vma.first)
+    child.vmas.append(vma)
     if wipe:
         return
     # What is only in the file can be faulted in again, unless an entry says more than that.
@@ -112,6 +116,7 @@ async def exit_mmap(mm: AddressSpace[Any]) -> None:
         mm.vmas.clear()
         mm.firsts.clear()
         for vma in vmas:
-            await remove_vma(mm, vma)
+            if not remove_vma_nowait(mm, vma):
+                await remove_vma(mm, vma)
     mm.machine.forget(mm)
     mm.drop()

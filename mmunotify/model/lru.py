@@ -157,6 +157,12 @@ class Lru:
         if len(self._munlock) == _BATCH:
             self._munlock.clear()
 
+    def holds(self, frame: int) -> bool:
+        """Whether a batch holds the page, once all are drained if it is that of new ones."""
+        if self.is_new(frame):
+            self.drain()
+        return self.is_pending(frame)
+
     def is_new(self, frame: int) -> bool:
         """Whether the page is in the batch of new ones: not PG_lru in Linux yet."""
         word = self._frames.word[frame]

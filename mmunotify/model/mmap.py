@@ -15,6 +15,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
 from . import flags as f
 from . import memory
 from .hugetlb import HugeFile
+from .rmap import locks_of, trylock_write
 from .vma import Vma, find_vma, index_after, link, merge_new, split, unlink, vmas_in
 
 if TYPE_CHECKING:
@@ -214,9 +215,25 @@ async def do_munmap(mm: AddressSpace[Any], first: int, last: int) -> None:
     finally:
         await section.__aexit__(None, None, None)
     for vma in vmas:
-        await remove_vma(mm, vma)
+        if not remove_vma_nowait(mm, vma):
+            await remove_vma(mm, vma)
     mm.pt.free_tables(first, last, floor, ceiling)
     await section.settle()
+
+
+def remove_vma_nowait(mm: AddressSpace[Any], vma: Vma) -> bool:
+    """`remove_vma` if no lock has to be waited for; whether it was done."""
+    locks = locks_of((vma,))
+    if not trylock_write(locks):
+        return False
+    mm.machine.anon_vmas.unlink(vma)
+    if vma.file is not None:
+        vma.file.i_mmap.remove(vma)
+    for lock in locks:
+        lock.up_write()
+    if vma.file is not None:
+        vma.file.put()
+    return True
 
 
 async def remove_vma(mm: AddressSpace[Any], vma: Vma) -> None:

@@ -204,6 +204,16 @@ def locks_of(vmas: Iterable[Vma | None]) -> list[RmapLock]:
     return files + anons
 
 
+def trylock_write(locks: list[RmapLock]) -> bool:
+    """Take some locks for writing if none of them has to be waited for; whether they were taken."""
+    for taken, lock in enumerate(locks):
+        if not lock.down_write_trylock():
+            for other in locks[:taken]:
+                other.up_write()
+            return False
+    return True
+
+
 class WriteLocked:
     """`async with`: some reverse-map locks held for writing (vma_prepare to vma_complete).
 

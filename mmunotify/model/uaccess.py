@@ -93,7 +93,10 @@ def access_nowait(mm: AddressSpace[Any], addr: int, write: bool = False) -> int:
         result = fault_nowait(mm, vma, page, f.FAULT_WRITE if write else 0)
         if result == RETRY:
             return 0
-        account(mm, result)
+        if result:
+            account(mm, result)
+        else:
+            mm.min_flt += 1
         leaf = pt.leaves.get(page >> 9)
     if mm.tlb is not None:
         mm.tlb.fill(page, entry)

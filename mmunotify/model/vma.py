@@ -13,6 +13,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from mmunotify.errors import MmError
+from mmunotify.locks.base import READY, Awaited
 from mmunotify.ranges import PAGE_SHIFT
 
 from . import flags as f
@@ -218,20 +219,33 @@ def _moved(mm: AddressSpace[Any], vma: Vma, was: int) -> None:
 # ---------------------------------------------------------------------- huge ranges
 
 
-async def _split_huge_if_needed(vma: Vma, page: int) -> None:
-    if page & 511:
-        first = page & ~511
-        inside = first >= vma.first and first + 512 <= vma.last and vma.mm.pt.has_pmd(page)
+def _in_huge_range(vma: Vma, page: int) -> bool:
+    """Whether a VMA has all of the 2 MiB that a page is inside of, and a table above them."""
+    first = page & ~511
+    return (
+        first != page
+        and first >= vma.first
+        and first + 512 <= vma.last
+        and vma.mm.pt.has_pmd(page)
         # 2008 has no huge pages to split, so it announces none.
-        if inside and (vma.mm.machine.era != "v16" or page >> 9 in vma.mm.pt.huge):
-            await vma.mm.split_huge_pmd(first, vma, locked=True)
+        and (vma.mm.machine.era != "v16" or page >> 9 in vma.mm.pt.huge)
+    )
 
 
-async def _adjust_trans_huge(vma: Vma, first: int, last: int, nxt: Vma | None) -> None:
-    await _split_huge_if_needed(vma, first)
-    await _split_huge_if_needed(vma, last)
-    if nxt is not None:
-        await _split_huge_if_needed(nxt, last)
+def _adjust_trans_huge(vma: Vma, first: int, last: int, nxt: Vma | None) -> Awaited:
+    """Split what is huge where a VMA will begin and end, and the next one begin."""
+    edges = [
+        (each, page)
+        for each, page in ((vma, first), (vma, last), (nxt, last))
+        if each is not None and page & 511 and _in_huge_range(each, page)
+    ]
+    return _split_edges(edges) if edges else READY
+
+
+async def _split_edges(edges: list[tuple[Vma, int]]) -> None:
+    for vma, page in edges:
+        if _in_huge_range(vma, page):
+            await vma.mm.split_huge_pmd(page & ~511, vma, locked=True)
 
 
 # ---------------------------------------------------------------------- split
