@@ -7,12 +7,13 @@ from inspect import iscoroutinefunction
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final
 
-from mmunotify import AnyDriver, Device, Range
+from mmunotify import PAGE_SHIFT, AnyDriver, Device
 from mmunotify.drivers import CALLBACKS, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_BITS: Final = 64
 _ANNOUNCE: Final = frozenset(("invalidate_range_start", "invalidate_range", "invalidate_page"))
 _TIMED: Final = (
     *("invalidate_range_start", "invalidate_range_end", "invalidate_page"),
@@ -27,14 +28,9 @@ class Meter:
     def __init__(self, name: str, kind: type[AnyDriver]) -> None:
         self.name: Final = name
         self.kind: Final = kind
-        self.calls: Final[Counter[str]] = Counter()
-        """By callback."""
-        self.pages = 0
-        """Announced by invalidations, whether mapped or not."""
-        self.ns = 0
-        """In callbacks, waits of coroutines included."""
-        self.latencies: Final = [0] * 64
-        """Callbacks by the number of bits of their nanoseconds: [n] took less than 2**n."""
+        self._latencies: Final = {name: [0] * _BITS for name in _TIMED}
+        self._sums: Final = [0, 0]
+        """Nanoseconds in callbacks, and pages announced."""
         self.is_device = False
         """Its instances are devices (`mmunotify.Device`), which count what they do."""
         self._gone: Final[Counter[str]] = Counter()
@@ -65,44 +61,71 @@ class Meter:
             total.update(_counters(driver))
         return total
 
+    @property
+    def calls(self) -> Counter[str]:
+        """By callback, of those that were called at all."""
+        counts = {name: sum(counts) for name, counts in self._latencies.items()}
+        return Counter({name: count for name, count in counts.items() if count})
+
+    @property
+    def latencies(self) -> list[int]:
+        """Callbacks by the number of bits of their nanoseconds: [n] took less than 2**n."""
+        return [sum(counts) for counts in zip(*self._latencies.values(), strict=True)]
+
+    @property
+    def ns(self) -> int:
+        """In callbacks, waits of coroutines included."""
+        return self._sums[0]
+
+    @property
+    def pages(self) -> int:
+        """Announced by invalidations, whether mapped or not."""
+        return self._sums[1]
+
+    # Three wrappers instead of one, and closures instead of attributes: they are called for
+    # everything that any driver is told.
+
     def _timed(self, name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
-        calls, latencies = self.calls, self.latencies
-        announces = name in _ANNOUNCE
+        bits, sums = self._latencies[name], self._sums
+        page = name == "invalidate_page"
 
         def timed(*args: Any) -> Any:
-            calls[name] += 1
-            if announces:
-                self._announced(args[0])
             began = perf_counter_ns()
             try:
                 return callback(*args)
             finally:
                 took = perf_counter_ns() - began
-                self.ns += took
-                latencies[took.bit_length()] += 1
+                bits[took.bit_length()] += 1
+                sums[0] += took
 
-        return timed
+        def announced(what: Any) -> Any:
+            sums[1] += 1 if page else (what.end - what.start) >> PAGE_SHIFT
+            began = perf_counter_ns()
+            try:
+                return callback(what)
+            finally:
+                took = perf_counter_ns() - began
+                bits[took.bit_length()] += 1
+                sums[0] += took
+
+        return announced if name in _ANNOUNCE else timed
 
     def _timed_coroutine(self, name: str, callback: Callable[..., Any]) -> Callable[..., Any]:
-        calls, latencies = self.calls, self.latencies
-        announces = name in _ANNOUNCE
+        bits, sums = self._latencies[name], self._sums
+        announces, page = name in _ANNOUNCE, name == "invalidate_page"
 
         async def timed(*args: Any) -> Any:
-            calls[name] += 1
             if announces:
-                self._announced(args[0])
+                sums[1] += 1 if page else (args[0].end - args[0].start) >> PAGE_SHIFT
             began = perf_counter_ns()
             try:
                 return await callback(*args)
             finally:
                 took = perf_counter_ns() - began
-                self.ns += took
-                latencies[took.bit_length()] += 1
+                bits[took.bit_length()] += 1
+                sums[0] += took
 
         return timed
-
-    def _announced(self, what: Range | int) -> None:
-        self.pages += what.pages if isinstance(what, Range) else 1
 
 
 def _counters(driver: AnyDriver) -> Counter[str]:
