@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from mmunotify import AtomicDriver
 from mmunotify.model import flags as f
+
+from .matching import Witness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from mmunotify import Range
     from mmunotify.model.vma import Vma
 
+    from .matching import Span
     from .recording import Header
     from .tasks import Space
 
@@ -37,10 +39,6 @@ class History:
         self._sizes: Final[Counter[int]] = Counter()
         self._told: Final[Counter[str]] = Counter()
         self._layouts: Final[defaultdict[str, list[tuple[int, Layout]]]] = defaultdict(list)
-
-    def watcher(self, name: str, now: Callable[[], int]) -> AtomicDriver:
-        """The driver that counts what the address space `name` announces."""
-        return Watcher(self, name, now)
 
     def announced(self, name: str, now: int, rng: Range) -> None:
         """Count one announcement."""
@@ -68,16 +66,20 @@ class History:
         }
 
 
-class Watcher(AtomicDriver):
-    """Counts the announcements of one address space for a `History`."""
+class Watcher(Witness):
+    """A witness that counts the announcements of one address space for a `History`, too."""
 
-    def __init__(self, history: History, name: str, now: Callable[[], int]) -> None:
+    def __init__(
+        self, heard: list[Span], history: History, name: str, now: Callable[[], int]
+    ) -> None:
+        super().__init__(heard)
         self._history = history
         self._name = name
         self._now = now
 
     def invalidate_range_start(self, rng: Range) -> None:
-        """Count the range."""
+        """Note and count the range."""
+        super().invalidate_range_start(rng)
         self._history.announced(self._name, self._now(), rng)
 
 

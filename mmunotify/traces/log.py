@@ -6,10 +6,11 @@ watches for the replay itself is left out.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 
+from mmunotify import Record
 from mmunotify.log import CALLBACK
 
 from .history import Watcher
@@ -18,9 +19,10 @@ from .matching import Witness
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from mmunotify import Record
-
 _LINES: Final = 4096
+_Line: Final = msgspec.defstruct(
+    "_Line", [(key, Any, None) for key in Record._fields], omit_defaults=True
+)
 WATCHERS: Final = frozenset((Witness.__qualname__, Watcher.__qualname__))
 """By the name that a subscription has."""
 
@@ -44,9 +46,7 @@ class TraceLog:
         """Log an event; a key that does not apply is left out."""
         if record.event == CALLBACK and (record.phase == "start" or record.driver in WATCHERS):
             return
-        line = {key: value for key, value in zip(record._fields, record, strict=True)
-                if value is not None}  # fmt: skip
-        self._lines.append(self._encode(line))
+        self._lines.append(self._encode(_Line(*record)))
         if len(self._lines) >= _LINES:
             self._write()
 

@@ -21,6 +21,7 @@ from mmunotify.model.machine import Machine
 from mmunotify.model.vma import find_vma
 
 from .calls import ERRORS, EXECS, WRITERS, Calls
+from .history import Watcher
 from .matching import Matches, Span, Witness
 from .meters import Meter
 from .rows import COPIED, OPEN, RECLAIM, rows
@@ -523,9 +524,10 @@ class Replay:
     async def _adopt(self, mm: AddressSpace[Any]) -> Space:
         """Attach everybody to a new address space."""
         mm.notifiers.trace = self.trace
-        await mm.register(Witness(self._heard))
-        if self.history is not None:
-            await mm.register(self.history.watcher(mm.name, lambda: self.now))
+        if self.history is None:
+            await mm.register(Witness(self._heard))
+        else:
+            await mm.register(Watcher(self._heard, self.history, mm.name, lambda: self.now))
         drivers = []
         for choice, meter in zip(self.design.drivers, self.meters, strict=True):
             driver = choice.create()
