@@ -17,19 +17,29 @@ if TYPE_CHECKING:
     """(start, end, kind) of mappings, ascending."""
 
 _WIDTH: Final = 960
-_LEFT: Final = 68
+_LEFT: Final = 88
 _RIGHT: Final = 12
 _TOP: Final = 14
 _BOTTOM: Final = 40
+_LINE: Final = 14
 _GAP_SHARE: Final = 0.25
 """How much of the height of an address-space map holes may take."""
 
 
 def columns(
-    name: str, series: Mapping[str, Mapping[int, int]], width: float, unit: str, height: int = 240
+    name: str,
+    series: Mapping[str, Mapping[int, int]],
+    width: float,
+    end: float,
+    unit: str,
+    height: int = 240,
 ) -> str:
-    """Stacked columns: of each series, counts by column; a column stands for `width` units."""
+    """Stacked columns: of each series, counts by column; a column stands for `width` units.
+
+    The axis goes from 0 to `end`, or as far as there is anything.
+    """
     last = max((index for counts in series.values() for index in counts), default=0)
+    last = max(last, math.ceil(end / width) - 1)
     totals = [sum(counts.get(index, 0) for counts in series.values()) for index in range(last + 1)]
     top, steps = _scale(max(totals, default=0))
     plot = _height(height)
@@ -56,12 +66,19 @@ def columns(
 
 
 def histogram(
-    name: str, counts: Mapping[int, int], label: Callable[[int], str], unit: str, height: int = 220
+    name: str,
+    counts: Mapping[int, int],
+    label: Callable[[int], str],
+    unit: str,
+    height: int = 220,
+    classes: range | None = None,
 ) -> str:
-    """Bars on a logarithmic scale: counts by class, classes from the first to the last used."""
+    """Bars on a logarithmic scale: counts by class; all that are used, or those asked for."""
     if not counts:
         return _svg(name, _text(_WIDTH / 2, height / 2, "none", "middle"), height)
-    first, last = min(counts), max(counts)
+    if classes is None:
+        classes = range(min(counts), max(counts) + 1)
+    first, last = classes[0], classes[-1]
     decades = max(1, math.ceil(math.log10(max(counts.values()) + 1)))
     plot = _height(height)
     step = min(90.0, (_WIDTH - _LEFT - _RIGHT) / (last - first + 1))
@@ -91,10 +108,8 @@ def memory_map(
     """
     kinds = list(dict.fromkeys(kind for _, layout in layouts for _, _, kind in layout))
     place = _places([layout for _, layout in layouts], height)
-    times = [when for when, _ in layouts] + [end]
-    begin = times[0] if layouts else 0.0
-    scale = (_WIDTH - _LEFT - _RIGHT) / max(end - begin, 1e-9)
-    marks = ""
+    scale = (_WIDTH - _LEFT - _RIGHT) / max(end, 1e-9)
+    marks = _addresses([layout for _, layout in layouts], place)
     open_since: dict[tuple[int, int, str], float] = {}
     for index, (when, layout) in enumerate([*layouts, (end, ())]):
         here = set(layout)
@@ -104,7 +119,7 @@ def memory_map(
             low, high = place[start], place[stop]
             marks += (
                 f'<rect class="s{kinds.index(kind) % 6}" data-start="{start}" data-end="{stop}" '
-                f'x="{_LEFT + (since - begin) * scale:.1f}" y="{high:.1f}" '
+                f'x="{_LEFT + since * scale:.1f}" y="{high:.1f}" '
                 f'width="{max((when - since) * scale, 0.5):.1f}" '
                 f'height="{max(low - high - 0.3, 0.5):.1f}"><title>'
                 f"{start:x}-{stop:x} {escape(kind)}, {(stop - start) >> 10:,} KiB"
@@ -114,8 +129,8 @@ def memory_map(
             for area in layout:
                 open_since.setdefault(area, when)
     for value in _scale(end)[1]:
-        if value >= begin:
-            x = _LEFT + (value - begin) * scale
+        x = _LEFT + value * scale
+        if x <= _WIDTH - _RIGHT:
             marks += _text(x, height - _BOTTOM + 16, f"{value:,.4g}", "middle")
     marks += _text((_LEFT + _WIDTH) / 2, height - 6, unit, "middle")
     return _legend(kinds) + _svg(name, marks, height)
@@ -141,6 +156,17 @@ def _places(layouts: Iterable[Layout], height: int) -> dict[int, float]:
         at -= tall * scale if inside else hole
         places[bound] = at
     return places
+
+
+def _addresses(layouts: Iterable[Layout], place: Mapping[int, float]) -> str:
+    """Where mappings begin, in figures, as far as there is room for them."""
+    marks = ""
+    below = math.inf
+    for start in sorted({start for layout in layouts for start, _, _ in layout}):
+        if place[start] <= below - _LINE:
+            below = place[start]
+            marks += _text(_LEFT - 6, below, f"{start:x}", "end")
+    return marks
 
 
 def _covered(bounds: Sequence[int], areas: Iterable[tuple[int, int]]) -> list[bool]:
@@ -203,5 +229,6 @@ def _legend(names: Iterable[str]) -> str:
 
 def _svg(name: str, marks: str, height: int) -> str:
     return (
-        f'<svg role="img" aria-label="{escape(name)}" viewBox="0 0 {_WIDTH} {height}">{marks}</svg>'
+        f'<div class="plot"><svg role="img" aria-label="{escape(name)}" '
+        f'viewBox="0 0 {_WIDTH} {height}">{marks}</svg></div>'
     )

@@ -22,11 +22,13 @@ h1 { font-size: 1.5rem } h2 { margin-top: 3rem; border-top: 1px solid var(--line
   padding-top: 1.5rem } h3 { margin: 2rem 0 .3rem; font-size: 1rem }
 p { color: var(--soft); margin: .2rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0 }
-th, td { padding: .2rem .8rem; border-bottom: 1px solid var(--line); text-align: right;
-  font-weight: normal }
+th, td { white-space: nowrap; padding: .2rem .8rem; border-bottom: 1px solid var(--line);
+  text-align: right; font-weight: normal }
 th:first-child { text-align: left; color: var(--soft); padding-left: 0 }
 thead th { font-weight: 600 }
-svg { width: 100%; height: auto; display: block } svg text { font-size: 11px; fill: var(--soft) }
+.plot, .table { overflow-x: auto }
+svg { width: 100%; min-width: 42rem; height: auto; display: block }
+svg text { font-size: 11px; fill: var(--soft) }
 svg line { stroke: var(--line) } svg rect:hover { opacity: .7 }
 .legend { list-style: none; display: flex; gap: 1.2rem; margin: 0; padding: 0; font-size: 12px;
   flex-wrap: wrap; color: var(--soft) }
@@ -74,23 +76,33 @@ def _section(found: dict[str, Any]) -> str:
     made = f"{found['matched']:,} of them made here{share}; {found['given']:,} by others, given"
     recorded, replayed = found["recorded_seconds"], found["replay_seconds"]
     facts = [
+        found["command"],
         f"{words}, devices {design['device']}",
         f"{found['events']:,} events of {recorded:.3f} s, replayed in {replayed:.3f} s",
         f"{kernel:,} announcements by the kernel in calls and faults, {made}",
     ]
     milliseconds = history["column"] / 1000
     layouts = [(when / 1000, layout) for when, layout in history["layouts"]]
+    bits = [bits for row in found["drivers"] for bits in row["latencies"]]
+    # The same for all, so that they can be compared at a glance.
+    classes = range(min(bits), max(bits) + 1) if bits else None
     parts = [
         f"<h2>{escape(found['recording'])}</h2>",
         "".join(f"<p>{escape(fact)}</p>" for fact in facts),
         _table(found["drivers"]) if found["drivers"] else "",
         "<h3>Announcements over time</h3><p>by reason, in all address spaces</p>",
-        columns("announcements over time", history["reasons"], milliseconds, "ms"),
+        columns("announcements over time", history["reasons"], milliseconds, recorded * 1000, "ms"),
         "<h3>How large they were</h3><p>announcements by the size of their range</p>",
         histogram("range sizes", history["sizes"], _size, "pages"),
         *(
             f"<h3>How long {escape(row['driver'])} took</h3><p>callbacks by their time</p>"
-            + histogram(f"latency of {row['driver']}", row["latencies"], _latency, "per callback")
+            + histogram(
+                f"latency of {row['driver']}",
+                row["latencies"],
+                _latency,
+                "less than, per callback",
+                classes=classes,
+            )
             for row in found["drivers"]
         ),
         f"<h3>Memory of {escape(history['space'])}</h3>",
@@ -112,7 +124,10 @@ def _table(drivers: list[dict[str, Any]]) -> str:
         for key, label in _ROWS
     )
     body += _row("time in callbacks", [f"{row['callback_seconds']:.3f} s" for row in drivers])
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return (
+        f'<div class="table"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _row(label: str, cells: list[str]) -> str:
@@ -132,5 +147,6 @@ def _latency(bits: int) -> str:
     """The class of times below 2**bits ns and not below half of that."""
     for unit, size in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)):
         if (1 << bits) < 1000 * size or unit == "s":
-            return f"<{(1 << bits) / size:.3g} {unit}"
+            most = (1 << bits) / size
+            return f"{most:.0f} {unit}" if most >= 10 else f"{most:.2g} {unit}"
     raise AssertionError(bits)

@@ -58,6 +58,8 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.plots: dict[str, int] = {}
+        self.heights: dict[str, list[float]] = {}
+        """Of the bars of each plot, for a count of one."""
         self.areas = 0
         self.foreign: list[str] = []
         self.cells: list[str] = []
@@ -71,8 +73,12 @@ class Page(HTMLParser):
         if tag == "svg":
             self._plot = str(values["aria-label"])
             self.plots[self._plot] = 0
+            self.heights[self._plot] = []
         if tag == "rect":
-            self.plots[self._plot] += int(values.get("data-count") or 0)
+            count = int(values.get("data-count") or 0)
+            self.plots[self._plot] += count
+            if count >= 100:
+                self.heights[self._plot].append(float(values["height"] or 0) / count)
             self.areas += "data-start" in values
         self._in_cell = tag in {"th", "td"}
 
@@ -90,6 +96,8 @@ def check_report(text: str, found: dict[str, Any]) -> None:
     starts = driver["callbacks"]["invalidate_range_start"]
     assert page.plots["announcements over time"] == page.plots["range sizes"] == starts
     assert page.plots["latency of atomic"] == sum(driver["callbacks"].values())
+    heights = page.heights["announcements over time"]
+    assert max(heights) == pytest.approx(min(heights), rel=0.05)
     assert page.areas > 50
     assert f"{starts:,}" in page.cells
     assert f"{driver['pages']:,}" in page.cells
