@@ -137,6 +137,17 @@ class Frames:
         fresh = np.arange(first, first + unused, dtype=np.uint32)
         return np.concatenate((reused, fresh)) if again else fresh
 
+    def alloc_high(self, above: int, wanted: int) -> list[int]:
+        """Up to `wanted` frames that were used before: the highest free ones above `above`."""
+        stack = self._stack[: self._top]
+        high = np.sort(stack[stack > above])[::-1][:wanted]
+        rest = stack[~np.isin(stack, high)]
+        self._stack[: len(rest)] = rest
+        self._top = len(rest)
+        self.free -= len(high)
+        found: list[int] = high.tolist()
+        return found
+
     def alloc_huge(self) -> int:
         """The first of 512 aligned frames, or -1 if memory is too fragmented."""
         head = self._take_huge()

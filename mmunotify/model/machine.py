@@ -362,6 +362,11 @@ class Machine(Generic[L]):
         await self.cond_resched()
         return await migrate.migrate_page(self, mm, addr)
 
+    async def compact(self) -> int:
+        """Move pages together, so that blocks of 2 MiB become free; how many were moved."""
+        await self.cond_resched()
+        return await migrate.compact(self)
+
     async def wait_migration(self, frame: int) -> None:
         """Wait until a page that is being moved has arrived."""
         done = self.migrating.get(frame)

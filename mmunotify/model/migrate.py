@@ -10,6 +10,7 @@ import errno
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import numpy as np
 
 from mmunotify.errors import MmError
 from mmunotify.ranges import PAGE_SHIFT, Event
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
     from .vma import Vma
 
-_Place = "tuple[Vma, int]"
+_CLUSTER = 32
 
 
 async def migrate_page(machine: Machine[Any], mm: AddressSpace[Any], addr: int) -> int:
@@ -41,8 +42,47 @@ async def migrate_page(machine: Machine[Any], mm: AddressSpace[Any], addr: int) 
     if frames.word[old] & (fr.PG_PINNED | fr.PG_KSM) or old in machine.migrating:
         raise MmError(errno.EBUSY, f"migrate({addr:#x}) in {mm.name}: frame {old} is held")
     new = await machine.alloc_frame()
+    if not await _migrate(machine, old, new):
+        raise MmError(errno.EBUSY, f"migrate({addr:#x}) in {mm.name}: frame {old} is held")
+    return new
+
+
+async def compact(machine: Machine[Any]) -> int:
+    """Move pages from low frames to high ones, so that free memory is in one piece; how many.
+
+    Those that nobody holds go in batches of 32, in each the highest first; an address stays mapped,
+    and every mapping is told of one page. Source: mm/compaction.c (compact_zone).
+    """
+    machine.lru.drain()
+    frames = machine.frames
+    moved = 0
+    listed = np.flatnonzero(frames.words & np.uint64(fr.PG_LRU))
+    for at in range(0, len(listed), _CLUSTER):
+        batch = [frame for frame in listed[at : at + _CLUSTER].tolist() if _movable(machine, frame)]
+        if not batch:
+            continue
+        targets = frames.alloc_high(batch[0], len(batch))
+        if not targets:
+            break
+        for old in reversed(batch):
+            if targets and targets[0] > old and _movable(machine, old):
+                moved += await _migrate(machine, old, targets.pop(0))
+        for target in targets:
+            frames.give_back(target)
+        await machine.cond_resched(_CLUSTER)
+    return moved
+
+
+def _movable(machine: Machine[Any], frame: int) -> bool:
+    word = machine.frames.word[frame]
+    held = word & (fr.PG_PINNED | fr.PG_KSM | fr.PG_HUGE | fr.PG_LARGE)
+    return bool(word & fr.PG_LRU and not held and frame not in machine.migrating)
+
+
+async def _migrate(machine: Machine[Any], old: int, new: int) -> bool:
+    """Move what is in one frame to another, which is given back if somebody holds the first."""
     done = machine.migrating[old] = anyio.Event()
-    frames.get(old)
+    machine.frames.get(old)
     try:
         moved = await _move(machine, old, new)
     finally:
@@ -50,9 +90,8 @@ async def migrate_page(machine: Machine[Any], mm: AddressSpace[Any], addr: int) 
         done.set()
     machine.put_page(old)
     if not moved:
-        frames.give_back(new)
-        raise MmError(errno.EBUSY, f"migrate({addr:#x}) in {mm.name}: frame {old} is held")
-    return new
+        machine.frames.give_back(new)
+    return moved
 
 
 async def _move(machine: Machine[Any], old: int, new: int) -> bool:
