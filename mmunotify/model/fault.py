@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 RETRY: Final = -1
 _FAULT_AROUND: Final = 16
 _MANY_REFS: Final = 3
+_PLAIN_COPY: Final = (
+    fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_KSM | fr.PG_SWAPCACHE | fr.PG_HUGE | fr.PG_LARGE
+)
 _NEW_ANON: Final = fr.MAPPED_ONCE | fr.PG_ANON | fr.PG_EXCLUSIVE | fr.PG_SWAPBACKED
 _NEW_ANON_LRU: Final = _NEW_ANON | fr.PG_LRU
 _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
@@ -118,8 +121,11 @@ def fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> int:
         return 0
     if not entry & f.PTE_SPECIAL:
         word = mm.machine.frames.word[old]
-        few = word & fr.REF_MASK <= _MANY_REFS
-        if word & fr.PG_ANON and (few or word & fr.PG_EXCLUSIVE) and can_reuse(mm, old):
+        if word & _PLAIN_COPY == fr.PG_ANON and word & fr.REF_MASK > 1:
+            # Another process has it, too: can_reuse would say no, having drained the batches.
+            if word & fr.REF_MASK <= _MANY_REFS and mm.machine.lru.is_new(old):
+                mm.machine.lru.drain()
+        elif can_reuse(mm, old):
             if not flags & f.FAULT_UNSHARE:
                 writable = f.PTE_RW if vma.flags & f.VM_WRITE else 0
                 leaf.pte[page & 511] = entry | _DIRTY_YOUNG | writable
