@@ -97,6 +97,8 @@ class Ksm:
         del unstable[contents]
         if not await self._write_protect(mm, page, frame):
             return
+        if not self._unchanged(mm, page, frame, contents):
+            return
         node = StableNode(self._lock)
         node.number = self.machine.owners.add(node)
         words = self.machine.frames.word
@@ -148,25 +150,44 @@ class Ksm:
             mm.flush_tlb(page, page + 1)
         return True
 
+    def _unchanged(self, mm: AddressSpace[Any], page: int, frame: int, contents: bytes) -> bool:
+        """Whether a page that was write-protected still is, and as it was (pages_identical).
+
+        Somebody may have faulted on it and written while the section of that was ending.
+        """
+        return (
+            mm.maps(page, frame)
+            and not mm.pt.get(page) & f.PTE_RW
+            and bytes(self.machine.contents_of(frame)) == contents
+        )
+
     async def _merge(
         self, mm: AddressSpace[Any], vma: Vma, page: int, frame: int, node: StableNode
     ) -> None:
         """Write-protect a page and let its entry map the stable copy (replace_page)."""
-        if not await self._write_protect(mm, page, frame):
-            return
         frames = self.machine.frames
+        contents = bytes(self.machine.contents_of(node.frame))
+        # Neither must go while sections begin and end.
+        frames.get(node.frame)
         frames.get(frame)
-        async with mm.section(page, page + 1, Event.CLEAR):
-            entry = mm.pt.get(page)
-            if mm.maps(page, frame):
-                node.items.append(_item(vma, page))
-                frames.word[node.frame] += fr.MAPPED_ONCE
-                keep = entry & ~f.PFN_MASK
-                mm.set_pte(page, node.frame << PAGE_SHIFT | keep)
-                mm.flush_tlb(page, page + 1)
-                self.machine.remove_rmap(frame)
-                frames.put(frame)
-        self.machine.put_page(frame)
+        try:
+            if not await self._write_protect(mm, page, frame):
+                return
+            if not self._unchanged(mm, page, frame, contents):
+                return
+            async with mm.section(page, page + 1, Event.CLEAR):
+                entry = mm.pt.get(page)
+                if self._unchanged(mm, page, frame, contents):
+                    node.items.append(_item(vma, page))
+                    frames.word[node.frame] += fr.MAPPED_ONCE
+                    keep = entry & ~f.PFN_MASK
+                    mm.set_pte(page, node.frame << PAGE_SHIFT | keep)
+                    mm.flush_tlb(page, page + 1)
+                    self.machine.remove_rmap(frame)
+                    frames.put(frame)
+        finally:
+            self.machine.put_page(frame)
+            self.machine.put_page(node.frame)
 
     async def unmerge(self, mm: AddressSpace[Any], vma: Vma, first: int, last: int) -> None:
         """Give [first, last) pages of its own again: a copy each (break_ksm)."""
