@@ -385,8 +385,11 @@ class Replay:
             anonymous = [vma for vma in space.mm.vmas if vma.anonymous]
             space.guest = max(anonymous, key=lambda vma: vma.pages).start
         host = space.guest + (address & -PAGE_SIZE)
+        write = bool(code & CODE_WRITE)
         try:
-            await space.mm.primary.fault_in(host, write=bool(code & CODE_WRITE))
+            await space.mm.primary.fault_in(host, write=write)
+            if space.toucher is not None:
+                await space.toucher.guest_faulted(host, write)
         except BadAddress as error:
             self.unexplained[f"guest fault: {error}"] += 1
         self._heard.clear()

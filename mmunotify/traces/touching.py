@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from mmunotify.errors import BadAddress
+from mmunotify.model.check.guest_driver import GuestDriver
 from mmunotify.ranges import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -95,12 +96,13 @@ class Draws:
 class Toucher:
     """The devices of one address space, and the pages that they use."""
 
-    __slots__ = ("_devices", "_draws", "_hot", "_primary", "_set")
+    __slots__ = ("_devices", "_draws", "_guests", "_hot", "_primary", "_set")
 
     def __init__(self, draws: Draws, primary: Primary, devices: list[Device]) -> None:
         self._draws = draws
         self._primary = primary
         self._devices = devices
+        self._guests: list[Device] = [each for each in devices if isinstance(each, GuestDriver)]
         self._hot = draws.touching.mode == "hot"
         self._set: list[tuple[int, bool]] = []
 
@@ -120,6 +122,12 @@ class Toucher:
             for device in devices:
                 if not device.access(at, write=writes):
                     await self._miss(device, at, writes)
+
+    async def guest_faulted(self, address: int, write: bool) -> None:
+        """The program's own guest faulted on a page, as the devices do that have a guest."""
+        for device in self._guests:
+            if not device.access(address, write=write):
+                await device.fault(address, write=write)
 
     async def called(self) -> None:
         """The program made a system call."""
