@@ -56,7 +56,7 @@ async def test_mmu_stress(boot: Boot) -> None:
 
         # Stage 3: each vCPU writes in a loop until it cannot any more, and once again when it can.
         refused: set[int] = set()
-        protected = writable_again = False
+        protecting = protected = writable_again = False
 
         async def write_until_refused(vcpu: VCpu) -> None:
             while vcpu.id not in refused:
@@ -65,7 +65,7 @@ async def test_mmu_stress(boot: Boot) -> None:
                     try:
                         await vcpu.store(gfn * PAGE + 8, b"\xee")
                     except mn.BadAddress:
-                        assert protected
+                        assert protecting
                         refused.add(vcpu.id)
                         break
                     assert not protected or writable_again, "a write landed in read-only memory"
@@ -78,6 +78,7 @@ async def test_mmu_stress(boot: Boot) -> None:
                 tasks.start_soon(write_until_refused, vcpu)
             for _ in range(5):
                 await checkpoint()
+            protecting = True
             await mm.mprotect(base, PAGES * PAGE, PROT_READ)
             protected = True
             while len(refused) < VCPUS:
