@@ -85,8 +85,6 @@ class Gather:
             else:
                 self._release(frames)
         self.held = ()
-        if self.mm.machine.hugetlb.used:
-            self.mm.machine.hugetlb.collect()
 
     def _release(self, frames: I64) -> None:
         words = self.frames.words[frames]
@@ -95,6 +93,8 @@ class Gather:
             for frame in frames[cached].tolist():
                 self.mm.machine.swap.try_free(frame)
         self.frames.put_many(frames)
+        if self.mm.machine.hugetlb.used:
+            self.mm.machine.hugetlb.collect()
 
 
 # ---------------------------------------------------------------------- zap

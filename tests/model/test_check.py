@@ -211,3 +211,11 @@ def test_what_is_no_recording_is_said_with_its_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(recorded()) + '\n{"id": "t"}\n')
     with pytest.raises(RecordingError, match=r"s\.jsonl:2: expected a recorded sequence"):
         list(read_recordings(path))
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.jsonl.xz"])
+def test_what_is_no_recording_is_refused_with_its_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(bytes(range(200, 256)))
+    with pytest.raises(RecordingError, match=r"s\.jsonl(\.xz)?:1: expected a recorded sequence"):
+        list(read_recordings(path))

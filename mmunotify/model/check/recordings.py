@@ -92,15 +92,21 @@ class Excuses:
 def read_recordings(path: Path) -> Iterator[Sequence]:
     """The sequences of one file, `.jsonl` or `.jsonl.xz`; raises RecordingError."""
     opener = lzma.open if path.suffix == ".xz" else open
+    number = 0
     with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+        while True:
+            number += 1
             try:
-                yield _sequence(json.loads(line))
-            except (KeyError, TypeError, ValueError) as error:
+                line = lines.readline()
+                if not line:
+                    return
+                sequence = _sequence(json.loads(line))
+            except (KeyError, TypeError, ValueError, EOFError, lzma.LZMAError) as error:
                 raise RecordingError(
                     f"{path}:{number}: expected a recorded sequence "
                     f"(id, ops, results, exit_ev): {type(error).__name__}: {error}"
                 ) from error
+            yield sequence
 
 
 def _sequence(record: Json) -> Sequence:
