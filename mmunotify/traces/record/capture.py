@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
 import attrs
 
+from .spool import spool_page
 from .syscalls import kernel_filter
 from .tracefs import Instance
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .tracefs import EventFormat, PageFormat, TraceFs
 
 _PAGES: Final = 64
-"""How many pages are written at once."""
+"""How many pages of one ring are copied before it is the next one's turn."""
 _USER: Final = "address < 0x800000000000"
 _PROGRAM: Final = {
     "raw_syscalls/sys_enter": kernel_filter(),
@@ -88,7 +89,7 @@ class Capture:
             for _ in range(side_band.processors if side_band is not None else 0):
                 self.side.append(spool())
             self.page: Final[PageFormat] = calls.page_format()
-            self._room = memoryview(bytearray(_PAGES * self.page.size))
+            self._room = memoryview(bytearray(self.page.size))
             self._stack: Final = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -115,9 +116,9 @@ class Capture:
 
     def drain(self) -> None:
         """Move what the rings hold into the files."""
-        for ring in self.rings:
-            while self._copy(ring) == _PAGES:
-                pass
+        full = self.rings
+        while full:
+            full = [ring for ring in full if self._copy(ring) == _PAGES]
         if self._side_band is not None:
             for spool, told in zip(self.side, self._side_band.drain(), strict=True):
                 spool.write(told)
@@ -146,14 +147,9 @@ class Capture:
 
     def _copy(self, ring: Ring) -> int:
         """Copy at most _PAGES pages; how many there were."""
-        room, size = self._room, self.page.size
         count = 0
         with suppress(BlockingIOError):
-            while count < _PAGES and os.readv(
-                ring.descriptor, [room[count * size : (count + 1) * size]]
-            ):
+            while count < _PAGES and os.readv(ring.descriptor, [self._room]):
+                self.copied += spool_page(ring.spool, self._room, self.page)
                 count += 1
-        if count:
-            ring.spool.write(room[: count * size])
-            self.copied += count * size
         return count

@@ -9,6 +9,7 @@ import numpy as np
 
 from .ringbuffer import decode
 from .sideband import parse
+from .spool import read_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -130,7 +131,7 @@ def ring(spool: BinaryIO, page: PageFormat, formats: Mapping[str, EventFormat]) 
     """What one ring has recorded, from the pages that were copied to a file."""
     spool.seek(0)
     kinds = {form.number: (KINDS[event], form) for event, form in formats.items()}
-    while raw := spool.read(_PAGES * page.size):
+    while raw := read_pages(spool, page, _PAGES):
         yield _events(decode(raw, page.size, page.data), kinds)
 
 

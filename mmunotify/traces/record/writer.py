@@ -72,7 +72,7 @@ class RecordingWriter:
 @contextmanager
 def scratch(path: Path) -> Iterator[BinaryIO]:
     """A file without a name beside the one that will be written."""
-    file = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115 - closed below
+    file = tempfile.TemporaryFile(dir=path.parent, buffering=_CHUNK)  # noqa: SIM115 - closed below
     try:
         yield file
     finally:
