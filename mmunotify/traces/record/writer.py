@@ -6,6 +6,7 @@ killed leaves nothing. FILE appears when it is whole.
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import os
@@ -72,7 +73,8 @@ class RecordingWriter:
 @contextmanager
 def scratch(path: Path) -> Iterator[BinaryIO]:
     """A file without a name beside the one that will be written."""
-    file = tempfile.TemporaryFile(dir=path.parent, buffering=_CHUNK)  # noqa: SIM115 - closed below
+    raw = tempfile.TemporaryFile(dir=path.parent, buffering=0)  # noqa: SIM115 - closed below
+    file = io.BufferedRandom(raw, _CHUNK)
     try:
         yield file
     finally:
