@@ -121,9 +121,11 @@ async def faults_and_reads(backend: str) -> list[Row]:
                     await attachment.read(page * PAGE, 8)
                 drop()
 
+            memory = bytearray(attachment.size)
+
             async def read(number: int) -> None:
                 for _ in range(number):
-                    await attachment.read()
+                    await attachment.read_into(memory)
                     drop()
 
             one, pong = await async_minima(fault, bare, number=300, rounds=12)

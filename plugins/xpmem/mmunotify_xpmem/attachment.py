@@ -30,6 +30,10 @@ class Permit(Protocol):
         """Load. Raises BadAddress where the exporter itself would get a signal."""
         ...
 
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Load into `buffer`. Raises like `read_bytes`."""
+        ...
+
     async def write_bytes(self, offset: int, data: bytes) -> None:
         """Store. Raises like `read_bytes`."""
         ...
@@ -92,6 +96,12 @@ class Attachment:
             size = self.size - start
         self._check(start, size)
         return await self.permit.read_bytes(self.offset + start, size)
+
+    async def read_into(self, buffer: bytearray | memoryview, start: int = 0) -> None:
+        """`read` of as many bytes as `buffer` has, into it, which saves a copy."""
+        view = memoryview(buffer).cast("B")
+        self._check(start, len(view))
+        await self.permit.read_into(self.offset + start, view)
 
     async def write(self, start: int, data: bytes) -> None:
         """Store at byte `start` of the attachment. Raises like `read`, and FencedError."""

@@ -10,6 +10,7 @@ bytes to a subject can be one. Subjects are byte strings:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Engine(Protocol):
         ...
 
 
+@lru_cache(maxsize=4096)
 def address_of(part: int, inc: bytes = b"") -> bytes:
     """The subject of a partition, or of one incarnation of it."""
     return b"p.%d.%s" % (part, inc.hex().encode()) if inc else b"p.%d" % part

@@ -23,6 +23,7 @@ from mmunotify import PAGE_SHIFT, PAGE_SIZE, BadAddress
 
 from .errors import ExporterGone, FencedError, XpmemError, bus_error
 from .wire import (
+    MAX_PAGES,
     Ack,
     Ask,
     BadMessage,
@@ -48,11 +49,13 @@ from .wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from .wire import Buffer
 
 INFINITY: Final = float("inf")
+_BATCH: Final = MAX_PAGES * PAGE_SIZE
+_FREE: Final = 64
 RATE_ERROR: Final = 0.01
 """By how much two clocks may differ in rate: a lease ends that much earlier here."""
 
@@ -116,6 +119,39 @@ class Source:
     grants: dict[bytes, Grant] = attrs.field(factory=dict)
 
 
+class Batch:
+    """Pages that came together. Its data is used again when none of them is here any more."""
+
+    __slots__ = ("count", "data", "first", "live")
+
+    def __init__(self, first: int, count: int, data: bytes | bytearray) -> None:
+        self.first = first
+        self.count = count
+        self.data = data
+        self.live = count
+        """How many of them are still here."""
+
+
+class Buffers:
+    """Memory of batches, used again: fresh memory costs more than copying into it."""
+
+    def __init__(self) -> None:
+        self._free: Final[list[bytearray]] = []
+
+    def copy_of(self, body: Buffer) -> bytearray:
+        """A buffer that holds a copy of `body`, and no more."""
+        if len(body) == _BATCH and self._free:
+            buffer = self._free.pop()
+            buffer[:] = body
+            return buffer
+        return bytearray(body)
+
+    def take_back(self, data: bytes | bytearray) -> None:
+        """Nobody looks at it any more."""
+        if isinstance(data, bytearray) and len(data) == _BATCH and len(self._free) < _FREE:
+            self._free.append(data)
+
+
 @attrs.define(slots=True, eq=False, repr=False)
 class Grant:
     """A permit for a segment of another partition. Pages are counted from the segment's first."""
@@ -131,7 +167,9 @@ class Grant:
     base: int = 0
     next: int = 1
     """The number of the next invalidation."""
-    cache: dict[int, bytes] = attrs.field(factory=dict)
+    buffers: Buffers = attrs.field(factory=lambda: Buffers())
+    cache: dict[int, Batch] = attrs.field(factory=dict)
+    """The pages that are here, and what they came in."""
     epoch: int = 0
     """Counts what was dropped: whoever copies pages compares it before and after."""
     lease_until: float = 0.0
@@ -145,21 +183,63 @@ class Grant:
     dead: BaseException | None = None
     """Why there will be no permit any more."""
 
+    def install(self, first: int, body: Buffer) -> None:
+        """Have pages from `first` on, as many as `body` holds."""
+        count = len(body) >> PAGE_SHIFT
+        batch = Batch(first, count, self.buffers.copy_of(body) if count > 1 else bytes(body))
+        pages = range(first, first + count)
+        cache = self.cache
+        if not cache.keys().isdisjoint(pages):
+            self._forget(pages)
+        cache.update(dict.fromkeys(pages, batch))
+
     def drop(self, first: int, last: int) -> None:
         """Have nothing of pages [first, last)."""
         self.epoch += 1
         cache = self.cache
         if last - first <= len(cache):
-            for page in range(first, last):
-                cache.pop(page, None)
+            self._forget(range(first, last))
         else:
-            for page in [page for page in cache if first <= page < last]:
-                del cache[page]
+            self._forget([page for page in cache if first <= page < last])
+
+    def _forget(self, pages: Iterable[int]) -> None:
+        pop = self.cache.pop
+        for page in pages:
+            batch = pop(page, None)
+            if batch is not None:
+                batch.live -= 1
+                if not batch.live:
+                    self.buffers.take_back(batch.data)
 
     def drop_all(self) -> None:
         """Have nothing."""
         self.epoch += 1
+        for batch in set(self.cache.values()):
+            self.buffers.take_back(batch.data)
         self.cache.clear()
+
+    def bytes_of(self, page: int, low: int, size: int) -> bytes | None:
+        """A part of one page, if it is here."""
+        batch = self.cache.get(page)
+        if batch is None:
+            return None
+        at = (page - batch.first << PAGE_SHIFT) + low
+        return bytes(batch.data[at : at + size])
+
+    def whole(self, first: int, last: int) -> Buffer | None:
+        """Pages [first, last), if they are all here. To be used before anything else runs."""
+        cache = self.cache
+        batch = cache.get(first)
+        if batch is not None and batch.first == first and batch.live == last - first == batch.count:
+            return batch.data
+        parts: list[Buffer] = []
+        for page in range(first, last):
+            batch = cache.get(page)
+            if batch is None:
+                return None
+            at = page - batch.first << PAGE_SHIFT
+            parts.append(memoryview(batch.data)[at : at + PAGE_SIZE])
+        return b"".join(parts)
 
 
 P = TypeVar("P", bound=Pending)
@@ -196,6 +276,7 @@ class Importer:
         """Answers to what was not asked, or not by this life."""
         self._new_id = new_id
         self._fid = 0
+        self._buffers = Buffers()
         self._pending: Final[dict[Pending, None]] = {}
         self._by_rid: Final[dict[bytes, Pending]] = {}
 
@@ -203,7 +284,7 @@ class Importer:
 
     def get(self, segid: int, *, write: bool, now: float) -> Grant:
         """Ask for a permit; `Grant.getting` is the request."""
-        grant = Grant(segid, write)
+        grant = Grant(segid, write, buffers=self._buffers)
         self._get(grant, now)
         return grant
 
@@ -384,7 +465,7 @@ class Importer:
         if not fault.need <= count <= fault.count or fault.first + count > grant.pages:
             raise BadMessage(f"{count} pages in answer to {fault.message}")
         self._extend(grant, fault.sent)
-        self._install(grant, fault.first, count, body)
+        grant.install(fault.first, body)
         self._finish(fault)
 
     def _answered(
@@ -407,17 +488,6 @@ class Importer:
             return None
         grant.source.heard = now
         return grant
-
-    def _install(self, grant: Grant, first: int, count: int, body: memoryview) -> None:
-        cache = grant.cache
-        if count == 1:
-            cache[first] = bytes(body)
-            return
-        at = 0
-        for page in range(first, first + count):
-            end = at + PAGE_SIZE
-            cache[page] = bytes(body[at:end])
-            at = end
 
     def _broken(self, broken: Broken, body: memoryview, now: float) -> None:
         grant = self._of(broken.aid, broken.inc, now)

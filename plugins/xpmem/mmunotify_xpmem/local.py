@@ -72,6 +72,10 @@ class LocalPermit:
             parts.append(self.exporter.memory.read(found, at, length))
         return b"".join(parts)
 
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The same into `buffer`."""
+        buffer[:] = await self.read_bytes(offset, len(buffer))
+
     async def write_bytes(self, offset: int, data: bytes) -> None:
         """Store into the segment, page by page."""
         done = 0

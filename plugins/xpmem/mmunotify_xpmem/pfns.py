@@ -82,7 +82,7 @@ class PfnTable:
     def __init__(self, unpin: Callable[[Pin], None] | None = None) -> None:
         self.counters: Final[Counter[str]] = Counter()
         """See `mmunotify.Device`."""
-        self.holders: Final[dict[int, set[Holder]]] = {}
+        self.holders: Final[dict[int, tuple[Holder, ...]]] = {}
         self.pins: Final[dict[int, Pin]] = {}
         """One for each page that somebody holds, where pages are pinned."""
         self.remotes: Final[set[Remote]] = set()
@@ -93,7 +93,7 @@ class PfnTable:
         """What is waited for now."""
         self._unpin = unpin
         self._parked: list[tuple[int, int, Callable[[], object]]] = []
-        self._dropped: Final[set[int]] = set()
+        self._dropped: set[int] = set()
 
     # ------------------------------------------------------------------ sections
 
@@ -146,15 +146,26 @@ class PfnTable:
         self.counters["flushes"] += 1
         self.counters["mapped"] += len(pages)
         self._dropped.update(pages)
-        victims: dict[Holder, list[int]] = {}
         pop = self.holders.pop
+        # Neighbours mostly have the same holders.
+        groups: dict[tuple[Holder, ...], list[int]] = {}
         for page in pages:
-            for holder in pop(page):
-                if holder in victims:
-                    victims[holder].append(page)
-                else:
-                    victims[holder] = [page]
+            known = pop(page)
+            if known in groups:
+                groups[known].append(page)
+            else:
+                groups[known] = [page]
+        if len(groups) == 1:
+            ((known, dropped),) = groups.items()
+            for holder in known:
+                holder.drop(dropped)
+            return Wait()
+        victims: dict[Holder, list[int]] = {}
+        for known, dropped in groups.items():
+            for holder in known:
+                victims.setdefault(holder, []).extend(dropped)
         for holder, dropped in victims.items():
+            dropped.sort()
             holder.drop(dropped)
         return Wait()
 
@@ -186,19 +197,21 @@ class PfnTable:
 
     def enter(self, first: int, last: int, holder: Holder) -> None:
         """`holder` may have pages [first, last) from now on."""
-        holders = self.holders
-        for page in range(first, last):
-            known = holders.get(page)
-            if known is None:
-                holders[page] = {holder}
-            else:
-                known.add(holder)
+        holders, pages = self.holders, range(first, last)
+        alone = (holder,)  # of all these pages: nobody changes it
+        if holders.keys().isdisjoint(pages):
+            holders.update(dict.fromkeys(pages, alone))
+        else:
+            for page in pages:
+                known = holders.setdefault(page, alone)
+                if holder not in known:
+                    holders[page] = (*known, holder)
         counters = self.counters
         counters["installed"] += last - first
         if self._dropped:
-            again = [page for page in range(first, last) if page in self._dropped]
+            again = self._dropped.intersection(pages)
             if again:
-                self._dropped.difference_update(again)
+                self._dropped -= again
                 counters["refaults"] += len(again)
 
     def leave(self, holder: Holder, pages: Collection[int]) -> None:
@@ -206,12 +219,14 @@ class PfnTable:
         holders = self.holders
         for page in pages:
             known = holders.get(page)
-            if known is not None:
-                known.discard(holder)
-                if not known:
-                    del holders[page]
-                    if page in self.pins:
-                        self.let_go((page,))
+            if known is not None and holder in known:
+                rest = tuple(other for other in known if other is not holder)
+                if rest:
+                    holders[page] = rest
+                    continue
+                del holders[page]
+                if page in self.pins:
+                    self.let_go((page,))
 
     def let_go(self, pages: Iterable[int]) -> None:
         """Unpin those of `pages` that are pinned."""

@@ -20,6 +20,7 @@ from .wire import MAX_PAGES
 if TYPE_CHECKING:
     from .importer import Faulting, Grant, Pending
     from .partition import Partition
+    from .wire import Buffer
 
 WINDOW: Final = 4
 """Batches of a long read that are under way at a time."""
@@ -42,50 +43,78 @@ class RemotePermit:
     async def read_bytes(self, offset: int, size: int) -> bytes:
         """Bytes of the segment; up to 64 pages at a time are of one moment."""
         first, low = offset >> PAGE_SHIFT, offset & (PAGE_SIZE - 1)
-        last = -(-(offset + size) >> PAGE_SHIFT)
-        if last - first == 1:
-            return (await self._pages(first, last, last))[low : low + size]
-        parts = [
-            await self._pages(page, min(page + MAX_PAGES, last), last)
-            for page in range(first, last, MAX_PAGES)
-        ]
-        data = b"".join(parts) if len(parts) > 1 else parts[0]
-        return data if low == 0 and size == len(data) else data[low : low + size]
+        if low + size <= PAGE_SIZE:
+            return await self._page(first, low, size)
+        data = bytearray(size)
+        await self.read_into(offset, memoryview(data))
+        return bytes(data)
 
-    async def _pages(self, first: int, last: int, end: int) -> bytes:
-        """Pages [first, last) of one moment, on the way to `end`."""
-        grant = self.grant
-        cache = grant.cache
-        clock = self.partition.clock
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The same into `buffer`, which saves a copy."""
+        first, low = offset >> PAGE_SHIFT, offset & (PAGE_SIZE - 1)
+        size = len(buffer)
+        last = -(-(offset + size) >> PAGE_SHIFT)
+        if last - first <= MAX_PAGES:
+            whole = await self._pages(first, last, last)
+            buffer[:] = memoryview(whole)[low : low + size]
+            return
+        at = -low
+        for page in range(first, last, MAX_PAGES):
+            part = memoryview(await self._pages(page, min(page + MAX_PAGES, last), last))
+            if at < 0:
+                part, at = part[-at:], 0
+            part = part[: size - at]
+            buffer[at : at + len(part)] = part
+            at += len(part)
+
+    async def _page(self, page: int, low: int, size: int) -> bytes:
+        """A part of one page."""
+        grant, clock = self.grant, self.partition.clock
         while True:
-            missing = [page for page in range(first, last) if page not in cache]
-            if not missing:
-                epoch = grant.epoch
-                if clock() < grant.lease_until:
-                    data = (
-                        cache[first]
-                        if last - first == 1
-                        else b"".join([cache[page] for page in range(first, last)])
-                    )
-                    if grant.epoch == epoch and clock() < grant.lease_until:
-                        return data
+            epoch = grant.epoch
+            data = grant.bytes_of(page, low, size)
+            if data is not None:
+                if grant.epoch == epoch and clock() < grant.lease_until:
+                    return data
                 grant.drop_all()
+            await self._fetch(page, page + 1, page + 1)
+
+    async def _pages(self, first: int, last: int, end: int) -> Buffer:
+        """Pages [first, last) of one moment, on the way to `end`."""
+        grant, clock = self.grant, self.partition.clock
+        while True:
+            epoch = grant.epoch
+            data = grant.whole(first, last) if clock() < grant.lease_until else None
+            if data is not None:
+                self._ahead_of(last, end)
+                if grant.epoch == epoch and clock() < grant.lease_until:
+                    return data
                 continue
-            await self._fetch(missing[0], missing[-1] + 1, end)
+            cache = grant.cache
+            missing = [page for page in range(first, last) if page not in cache]
+            if missing:
+                await self._fetch(missing[0], missing[-1] + 1, end)
+            else:
+                grant.drop_all()
 
     async def _fetch(self, first: int, last: int, end: int) -> None:
         """Have pages [first, last), and begin with what comes after them up to `end`."""
-        grant = self.grant
         sequential = first == self._expected
         self._ahead = min(max(AHEAD, 2 * self._ahead), MAX_PAGES) if sequential else 1
         fault = self._under_way(first) or self._fault(first, last - first)
         self._expected = first + fault.count
-        if end > last:
-            for page in range(last, min(end, last + WINDOW * MAX_PAGES), MAX_PAGES):
-                if page not in grant.cache and self._under_way(page) is None:
-                    self._fault(page, min(MAX_PAGES, end - page))
+        self._ahead_of(last, end)
         await self.partition.answered(fault)
-        # What else it asked for may have gone wrong since; the next fault will say so.
+
+    def _ahead_of(self, last: int, end: int) -> None:
+        """Have some batches under way of a long read, so that none has to be waited for.
+
+        If they go wrong, the fault that needs them will say so.
+        """
+        for page in range(last, min(end, last + WINDOW * MAX_PAGES), MAX_PAGES):
+            if page not in self.grant.cache and self._under_way(page) is None:
+                self._fault(page, min(MAX_PAGES, end - page))
+                self.partition.flush()
 
     def _fault(self, first: int, need: int) -> Faulting:
         count = min(max(need, self._ahead), MAX_PAGES, max(need, self.grant.pages - first))

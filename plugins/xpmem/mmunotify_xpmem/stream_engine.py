@@ -46,6 +46,8 @@ _QUEUE: Final = 64 << 20
 _BURST: Final = 32
 """Full reads in a row after which others run."""
 _BACKLOG: Final = 128
+_SOCKET_BUFFER: Final = 1 << 20
+"""Bytes, as far as the system permits: a batch of pages fits."""
 _PAUSES: Final = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Seconds before each attempt to connect again."""
 
@@ -190,6 +192,7 @@ class Link:
         sender = self.sender
         unpack, header = _HEADER.unpack_from, _HEADER.size
         start = end = burst = 0
+        wanted = header
         while True:
             room = len(buffer) - end
             try:
@@ -213,7 +216,9 @@ class Link:
                     raise BadMessage(f"a frame of {length} bytes: expected up to {MAX_MESSAGE}")
                 at = start + header
                 if end - at < length:
+                    wanted = header + length
                     break
+                wanted = header
                 start = at + length
                 if number in own:
                     received(sender, view[at:start])
@@ -223,7 +228,7 @@ class Link:
                     raise BadMessage(f"a frame for subscription {number}, which there is not")
             if start == end:
                 start = end = 0
-            elif len(buffer) - start < MAX_MESSAGE + header:
+            elif len(buffer) - start < wanted:
                 view[: end - start] = bytes(view[start:end])
                 start, end = 0, end - start
             if got < room:
@@ -367,6 +372,8 @@ class StreamEngine:
         events = self._events
         assert events is not None
         sock.setblocking(False)
+        for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, size, _SOCKET_BUFFER)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with sock:

@@ -273,8 +273,10 @@ class Simulation:
             for grant in grants:
                 if grant.aid not in exporter.sharers and grant.aid not in self.revived:
                     continue
-                for page, data in grant.cache.items():
-                    if int.from_bytes(data[:8], "little") < self.versions[page]:
+                for page in grant.cache:
+                    data = grant.bytes_of(page, 0, 8)
+                    assert data is not None
+                    if int.from_bytes(data, "little") < self.versions[page]:
                         raise Stale(f"page {page} in partition {node.part} at {self.now:.2f}")
 
     def run(self, steps: int = STEPS) -> None:
