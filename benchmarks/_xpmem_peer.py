@@ -8,8 +8,10 @@ importer PATH SEGID         faults the first page in whenever a byte comes on st
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
+from typing import Any
 
 import anyio
 
@@ -79,23 +81,24 @@ async def importer(path: str, segid: int) -> None:
             await attachment.read(0, 1)
             print("faulted", flush=True)
             await anyio.wait_readable(sys.stdin)
-            if not sys.stdin.buffer.raw.read(1):  # type: ignore[attr-defined]
+            if not os.read(0, 1):
                 return
 
 
 def main() -> None:
     backend, role, path, *numbers = sys.argv[1:]
-    arguments = [int(number) for number in numbers]
+    arguments: list[Any] = [int(number) for number in numbers]
     match role:
         case "raw":
-            anyio.run(raw, path, *arguments, backend=backend)
+            request, reply = arguments
+            anyio.run(raw, path, request, reply, backend=backend)
         case "stream":
             chunk, count = arguments
             anyio.run(raw, path, 1, chunk, count, backend=backend)
         case "exporter":
-            anyio.run(exporter, path, *arguments, backend=backend)
+            anyio.run(exporter, path, arguments[0], backend=backend)
         case _:
-            anyio.run(importer, path, *arguments, backend=backend)
+            anyio.run(importer, path, arguments[0], backend=backend)
 
 
 if __name__ == "__main__":

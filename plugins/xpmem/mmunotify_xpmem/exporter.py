@@ -257,7 +257,8 @@ class Exporter:
         self.batches = 0
         """Batches of invalidations that were sent."""
         self._new_id = new_id
-        self._dirty: dict[Peer, None] = {}
+        self.unsent: dict[Peer, None] = {}
+        """Who has invalidations that `flush` can send."""
 
     # ------------------------------------------------------------------ what arrives
 
@@ -355,6 +356,7 @@ class Exporter:
             if self._wait(sharer, fault):
                 self.todo.append(FaultIn(sharer, fault))
             return
+        table.counters["served"] += found[0]
         self._enter(table, first, first + found[0], sharer)
         self._send(
             sharer.peer.part, sharer.peer.inc, Page(sharer.aid, self.inc, fault.fid), found[1]
@@ -416,7 +418,7 @@ class Exporter:
             peer.resend_at = INFINITY
             peer.interval = self.resend
             if peer.dirty:
-                self._dirty[peer] = None
+                self.unsent[peer] = None
 
     def _covered(self, sharer: Sharer, upto: int) -> int:
         """Rule 3: an acknowledgement is for what it names; what was not sent cannot be named."""
@@ -507,13 +509,13 @@ class Exporter:
 
     def _mark(self, sharer: Sharer) -> None:
         sharer.peer.dirty[sharer] = None
-        self._dirty[sharer.peer] = None
+        self.unsent[sharer.peer] = None
 
     def flush(self, now: float) -> None:
         """Send what is queued: one batch to each partition that has none outstanding."""
-        if not self._dirty:
+        if not self.unsent:
             return
-        peers, self._dirty = self._dirty, {}
+        peers, self.unsent = self.unsent, {}
         for peer in peers:
             if peer.batch is None and peer.dirty:
                 self._send_batch(peer, now)
@@ -612,7 +614,7 @@ class Exporter:
             peer.batch = None
             peer.resend_at = INFINITY
             if peer.dirty:
-                self._dirty[peer] = None
+                self.unsent[peer] = None
         if not peer.sharers:
             self.peers.pop((peer.part, peer.inc), None)
 

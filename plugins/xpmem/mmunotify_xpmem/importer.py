@@ -269,7 +269,7 @@ class Importer:
         self.outbox: list[tuple[int, bytes, Message, Buffer]] = []
         """What to send: partition, incarnation (empty: whichever there is), message, body."""
         self.reattached: list[Grant] = []
-        """Permits that were fenced, for the caller to log."""
+        """Permits that were fenced and got anew, for the caller to log."""
         self.deadline = INFINITY
         """When `tick` wants to be called, at the latest."""
         self.ignored = 0
@@ -406,6 +406,8 @@ class Importer:
                     Release(self.part, self.inc, granted.aid, granted.inc),
                 )
             return
+        if grant.home:
+            self.reattached.append(grant)
         grant.home = grant.home or granted.inc
         if granted.inc != grant.home:
             self._lost(grant, XpmemError(errno.ENOENT, f"partition {granted.part} has rebooted"))
@@ -561,7 +563,6 @@ class Importer:
             return
         if grant.dead is not None:
             return
-        self.reattached.append(grant)
         for fault in grant.faults.values():
             self._pending.pop(fault, None)
             grant.homeless.append(fault)

@@ -203,16 +203,15 @@ class Partition(Xpmem):
     def flush(self) -> None:
         """Send what is to be sent, and do what is to be done."""
         exporter, importer = self.exporter, self.importer
-        if exporter._dirty:
+        if exporter.unsent:
             exporter.flush(self.clock())
-        send = self.engine.send
-        while exporter.outbox or importer.outbox:
-            out, exporter.outbox = exporter.outbox, []
-            for part, inc, message, body in out:
-                send(address_of(part, inc), encode(message), body)
-            out, importer.outbox = importer.outbox, []
-            for part, inc, message, body in out:
-                send(address_of(part, inc), encode(message), body)
+        # Sending runs nothing of ours, so nothing is added meanwhile.
+        for side in (exporter, importer):
+            if side.outbox:
+                send = self.engine.send
+                for part, inc, message, body in side.outbox:
+                    send(address_of(part, inc), encode(message), body)
+                side.outbox.clear()
         if exporter.todo:
             todo, exporter.todo = exporter.todo, []
             for what in todo:
@@ -221,8 +220,8 @@ class Partition(Xpmem):
             for grant in importer.reattached:
                 self.log.emit(events.REATTACHED, partition=grant.segid >> 32, segid=grant.segid)
             importer.reattached.clear()
-        due = min(exporter.deadline, importer.deadline)
-        if due < self._sleeps_until and self._wake is not None:
+        until = self._sleeps_until
+        if (importer.deadline < until or exporter.deadline < until) and self._wake is not None:
             self._wake.set()
 
     def _do(self, what: Any) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from mmunotify import Pin
 
+_REMEMBERED: Final = 1 << 20
+"""Dropped pages of which it is known that they come back."""
 LAST_PAGE: Final = 1 << 52
 """One past the last page number that an address can have."""
 
@@ -116,11 +118,12 @@ class PfnTable:
                 else:
                     entry[2]()
 
-    def invalidate(self, first: int, last: int) -> Wait | None:
+    def invalidate(self, first: int, last: int, *, announced: bool = True) -> Wait | None:
         """Have everybody drop [first, last); what has to be acknowledged before they have.
 
-        A holder leaves the table when it is told. So that it may be served again at once, an
-        invalidation that finds it gone still waits for what it has not acknowledged.
+        It is counted if it was `announced`. A holder leaves the table when it is told. So that it
+        may be served again at once, an invalidation that finds it gone still waits for what it has
+        not acknowledged.
         """
         wait = None
         holders = self.holders
@@ -130,6 +133,9 @@ class PfnTable:
             else:
                 pages = sorted([page for page in holders if first <= page < last])
             if pages:
+                if announced:
+                    self.counters["flushes"] += 1
+                    self.counters["mapped"] += len(pages)
                 wait = self._take(pages)
         if self.pins:
             # A page is pinned before it has a holder.
@@ -143,8 +149,8 @@ class PfnTable:
         return wait
 
     def _take(self, pages: list[int]) -> Wait:
-        self.counters["flushes"] += 1
-        self.counters["mapped"] += len(pages)
+        if len(self._dropped) > _REMEMBERED:
+            self._dropped.clear()
         self._dropped.update(pages)
         pop = self.holders.pop
         # Neighbours mostly have the same holders.

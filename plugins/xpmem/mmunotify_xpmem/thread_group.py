@@ -189,8 +189,8 @@ class ThreadGroup:
             primary.write(found, address + at - found.address, data[at : at + length])
             at += length
 
-    async def _recall(self, first: int, last: int) -> None:
-        wait = self.table.invalidate(first, last)
+    async def _recall(self, first: int, last: int, *, announced: bool = True) -> None:
+        wait = self.table.invalidate(first, last, announced=announced)
         if wait is not None:
             await self.xpmem.settle(self.table, wait)
 
@@ -336,7 +336,7 @@ class ThreadGroup:
         for segment in self.segments.values():
             segment.state = State.DESTROYING
         try:
-            await self._recall(0, LAST_PAGE)
+            await self._recall(0, LAST_PAGE, announced=False)
         finally:
             for segment in list(self.segments.values()):
                 self._destroyed(segment)

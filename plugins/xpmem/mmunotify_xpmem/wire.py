@@ -10,7 +10,6 @@ Decoding checks types and sizes, allocates no more than the frame holds, and rai
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
@@ -209,15 +208,15 @@ _Any: TypeAlias = (
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Any).decode
-_LENGTH: Final = struct.Struct("<H")
 
 
 def encode(message: Message) -> bytes:
     """The header of a message; its body, if any, follows it on the wire."""
     header = _encode(message)
-    if len(header) > 0xFFFF:
-        return _LENGTH.pack(0) + len(header).to_bytes(4, "little") + header
-    return _LENGTH.pack(len(header)) + header
+    length = len(header)
+    if length > 0xFFFF:
+        return b"\0\0" + length.to_bytes(4, "little") + header
+    return length.to_bytes(2, "little") + header
 
 
 def decode(frame: memoryview) -> tuple[Any, memoryview]:
