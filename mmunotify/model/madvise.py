@@ -80,13 +80,19 @@ async def process_madvise(
 ) -> int:
     """Another process advises this one: (addr, length) in bytes; how many bytes were advised.
 
-    EINVAL for advice that only the process itself may give.
+    Less than was asked for if a range after the first cannot be advised, whose error is raised if
+    it is the first. EINVAL for advice that only the process itself may give.
     """
     if advice not in _OTHERS_MAY:
         raise MmError(errno.EINVAL, f"process_madvise({advice}): expected one of {_OTHERS_MAY}")
     done = 0
     for addr, length in ranges:
-        await madvise(mm, addr, length, advice)
+        try:
+            await madvise(mm, addr, length, advice)
+        except MmError:
+            if done:
+                break
+            raise
         done += length
     return done
 
