@@ -312,7 +312,9 @@ class Dispatch:
                     if not self._survives(call, exc, start):
                         raise
         finally:
-            self._close(told)
+            told.open -= 1
+            if told is not self._audience:
+                self._drain(told)
         return young
 
     def clear_young(self, start: int, end: int) -> bool:

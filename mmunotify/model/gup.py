@@ -34,13 +34,18 @@ def faultin_nowait(mm: AddressSpace[Any], page: int, *, write: bool) -> int:
     if vma is None or not vma.flags & needed or vma.lock_seq == mm.lock_seq:
         return 0
     wanted = _READABLE | f.PTE_RW if write else _READABLE
-    entry = mm.pt.get(page)
+    pt = mm.pt
+    leaf = pt.leaves.get(page >> 9)
+    entry = leaf.pte[page & 511] if leaf is not None else pt.get(page)
     if entry & wanted != wanted:
         result = fault_nowait(mm, vma, page, f.FAULT_REMOTE | (f.FAULT_WRITE if write else 0))
         if result == RETRY:
             return 0
-        account(mm, result)
-        entry = mm.pt.get(page)
+        if result:
+            account(mm, result)
+        else:
+            mm.min_flt += 1
+        entry = leaf.pte[page & 511] if leaf is not None else pt.get(page)
     return entry if entry & wanted == wanted else 0
 
 

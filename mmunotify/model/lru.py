@@ -34,6 +34,8 @@ ACTIVE_ANON: Final = 1
 INACTIVE_FILE: Final = 2
 ACTIVE_FILE: Final = 3
 _BATCH: Final = 31
+_FEW: Final = 16
+"""Up to so many pages are appended one by one, which is cheaper than vector steps then."""
 _STEP: Final = 1 << 15
 _LAZY_CLEARS: Final = fr.PG_SWAPBACKED | fr.PG_ACTIVE | fr.PG_REFERENCED
 _WHICH: Final = fr.PG_LRU | fr.PG_ACTIVE | fr.PG_SWAPBACKED | fr.PG_UNEVICTABLE
@@ -81,6 +83,14 @@ class Lru:
         log.slots[tail] = frame
         self._position[frame] = tail
         log.tail = tail + 1
+
+    def append_all(self, frames: list[int], which: int) -> None:
+        """`append` of some distinct frames, oldest first."""
+        if len(frames) > _FEW:
+            self._extend(which, np.array(frames, np.int64))
+        else:
+            for frame in frames:
+                self.append(frame, which)
 
     def append_many(self, frames: Indices) -> None:
         """`append` of distinct frames, oldest first."""

@@ -164,7 +164,8 @@ class ModelPrimary:
         """
         mm = self.mm
         page = address >> PAGE_SHIFT
-        entry = mm.pt.get(page)
+        leaf = mm.pt.leaves.get(page >> 9)
+        entry = leaf.pte[page & 511] if leaf is not None else mm.pt.get(page)
         if entry & _FAST == _FAST:
             return self._translation(address, entry)
         entry = faultin_nowait(mm, page, write=write)

@@ -218,6 +218,8 @@ class Reclaim:
         if vma.flags & f.VM_LOCKED or not mm.users or not owner.lock.down_read_trylock():
             return 0, 0
         first, freed = at, 0
+        active: list[int] = []
+        inactive: list[int] = []
         shift = vma.first - vma.pgoff - (number << fr.OWNER_SHIFT)
         try:
             while at < len(batch):
@@ -253,9 +255,11 @@ class Reclaim:
                 else:
                     word = word & ~fr.PG_REFERENCED | fr.PG_ACTIVE
                 words[frame] = word
-                lru.append(frame, lists.ACTIVE_ANON if word & fr.PG_ACTIVE else lists.INACTIVE_ANON)
+                (active if word & fr.PG_ACTIVE else inactive).append(frame)
         finally:
             owner.lock.up_read()
+            lru.append_all(active, lists.ACTIVE_ANON)
+            lru.append_all(inactive, lists.INACTIVE_ANON)
         return at - first, freed
 
     def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int:
