@@ -38,7 +38,7 @@ STRATEGIES: Final[Mapping[str, Callable[[], Strategy]]] = {
     "hypothesis": Hypothesis,
 }
 _ENDLESS: Final = 10_000
-_STEPS_OF_SHRINKING: Final = 2_000_000
+_STEPS_OF_SHRINKING: Final = 500_000
 _OTHERS_BUSINESS: Final = (KeyboardInterrupt, SystemExit, ScheduleMismatch, BadExploration)
 
 
