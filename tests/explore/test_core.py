@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -23,6 +24,7 @@ from mmunotify import (
     SleepableInterval,
 )
 from mmunotify.locks import lockdep
+from mmunotify.locks.rwsem import _WAITERS, _Waiter
 from mmunotify.testing.explore import DFS, PCT, Exploration, Strategy, always, explore
 
 if TYPE_CHECKING:
@@ -158,6 +160,30 @@ def test_rwsem_that_is_not_handed_over_is_caught(monkeypatch: pytest.MonkeyPatch
     assert "waits for <Event" in str(found.failure)
 
 
+def test_rwsem_that_a_cancelled_waiter_keeps_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A waiter who is cancelled after it was given the lock has to give it back."""
+
+    async def wait(self: RWSemaphore, *, write: bool) -> None:
+        waiter = _Waiter(write)
+        self._waiters = self._waiters or deque()
+        self._waiters.append(waiter)
+        self._count |= _WAITERS
+        try:
+            await waiter.event.wait()
+        except BaseException:
+            if not waiter.granted:
+                self._waiters.remove(waiter)
+                self._hand_over()
+            raise
+
+    monkeypatch.setattr(RWSemaphore, "_wait", wait)
+    assert explore(readers_and_writers(1, 2)).failure is None
+    found = explore(readers_and_writers(1, 2), cancel=True)
+    assert found.failure is not None
+    assert found.failure.kind in {"Deadlock", "AssertionError"}
+    assert "* cancel " in found.failure.picture
+
+
 def test_checked_rwsem() -> None:
     """With lockdep on, which sees no fault where there is none."""
     with lockdep.checking():
@@ -246,6 +272,22 @@ def srcu_readers(readers: int, synchronizers: int) -> Scenario:
         assert (left.readers, left.grace_periods, left.callbacks) == (0, 0, 0)
 
     return srcu
+
+
+def test_a_grace_period_for_the_oldest_readers_alone_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A reader who came after another synchronizer outlives the second one's grace period."""
+    flip = SRCU._flip
+
+    def oldest(self: SRCU) -> Any:
+        return self._draining[0] if flip(self) else None
+
+    monkeypatch.setattr(SRCU, "_flip", oldest)
+    found = explore(srcu_readers(2, 2))
+    assert found.failure is not None
+    assert "a reader outlived the grace period" in str(found.failure.error)
+    assert explore(srcu_readers(2, 2), replay=found.failure.schedule).failure is not None
 
 
 def test_srcu() -> None:
