@@ -6,9 +6,9 @@ import re
 from typing import Final
 
 import attrs
-from attrs.validators import in_
 
 _SIZE: Final = re.compile(r"(\d+)([kmgt]?)", re.IGNORECASE)
+_CHOICES: Final = {"mmu": ("tdp", "shadow"), "dirty": ("map", "zap")}
 _SHIFTS: Final = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
 
 
@@ -30,6 +30,12 @@ def _is_count(options: object, field: object, value: int) -> None:
         raise ValueError(f"vcpus is {value}: expected 1 to 4096")
 
 
+def _is_choice(options: object, field: attrs.Attribute[str], value: str) -> None:
+    if value not in _CHOICES[field.name]:
+        choices = " or ".join(_CHOICES[field.name])
+        raise ValueError(f"{field.name} is {value!r}: expected {choices}")
+
+
 @attrs.frozen
 class KvmOptions:
     """The options of `--driver kvm`; raises ValueError for a value that is not as described."""
@@ -42,7 +48,7 @@ class KvmOptions:
     """
     vcpus: int = attrs.field(default=1, validator=_is_count)
     """Virtual CPUs, each with a TLB of its own that every zap has to flush."""
-    mmu: str = attrs.field(default="tdp", validator=in_(("tdp", "shadow")))
+    mmu: str = attrs.field(default="tdp", validator=_is_choice)
     """`tdp` mends write protection lock-free; `shadow` maps up to 8 aligned neighbours with a page.
 
     Two-dimensional paging is what hardware has today, shadow paging what it falls back to, nested
@@ -52,7 +58,7 @@ class KvmOptions:
     """
     huge: bool = True
     """Map 2 MiB at once where the host does and the memslot is aligned like the host's memory."""
-    dirty: str = attrs.field(default="map", validator=in_(("map", "zap")))
+    dirty: str = attrs.field(default="map", validator=_is_choice)
     """When the primary MMU learns that a page was written.
 
     `map`: when it is mapped writable, as Linux does since 6.13; right for every era and batching.

@@ -38,8 +38,8 @@ def test_is_a_device_with_a_guest() -> None:
         ({"memory": "64 apples"}, "size '64 apples': expected a number of bytes"),
         ({"memory": "0"}, "memory is '0': expected a size above 0"),
         ({"vcpus": 0}, "vcpus is 0: expected 1 to 4096"),
-        ({"mmu": "ept"}, "'mmu' must be in"),
-        ({"dirty": "never"}, "'dirty' must be in"),
+        ({"mmu": "ept"}, "mmu is 'ept': expected tdp or shadow"),
+        ({"dirty": "never"}, "dirty is 'never': expected map or zap"),
         ({"cpus": 2}, "did you mean 'vcpus'"),
     ],
 )
