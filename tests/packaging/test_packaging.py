@@ -154,7 +154,8 @@ def test_plugins_are_released_in_step(name: str) -> None:
     exec((ROOT / "mmunotify" / "_version.py").read_text(), version)
     assert project["version"] == version["__version__"]
     major, minor = map(int, project["version"].split(".")[:2])
-    assert project["dependencies"] == [f"mmunotify>={major}.{minor},<{major}.{minor + 1}"]
+    core = [each for each in project["dependencies"] if each.startswith("mmunotify")]
+    assert core == [f"mmunotify>={major}.{minor},<{major}.{minor + 1}"]
 
 
 # ------------------------------------------------------------------ without extras
