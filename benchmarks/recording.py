@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmunotify.traces.record.means import Means
     from mmunotify.traces.record.recorder import Outcome
 
-ROUNDS = 5
+ROUNDS = 3
 FAULTS = """
 import mmap
 page = bytes(1 << 25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import ExitStack
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -39,11 +40,11 @@ def needs(*programs: str) -> pytest.MarkDecorator:
 _GLOBAL = "tracing_on set_event set_event_pid current_tracer trace_clock buffer_size_kb"
 
 
-def tracing_state() -> dict[str, object]:
+def tracing_state() -> dict[str, Any]:
     """Everything of the machine's tracing that a recorder could have changed."""
     with TraceFs() as tracefs:
         # Others may be recording: what counts is what nobody uses any more.
-        state: dict[str, object] = {"orphans": residue.orphans(tracefs)}
+        state: dict[str, Any] = {"orphans": residue.orphans(tracefs)}
         for name in _GLOBAL.split():
             with open(f"{tracefs.path}/{name}") as file:
                 state[name] = file.read()

@@ -51,6 +51,8 @@ class Command:
         self.status: int | None = None
         """The exit status of the command, as a shell shows it; None while it runs."""
         self._let_go = False
+        self.exits: int | None = os.pidfd_open(self.pid)
+        """A descriptor that can be read when the command has ended; None when that is known."""
         self.usage = [0.0] * 4
         """Of all that has ended: minor and major faults, seconds in user mode and in the kernel."""
 
@@ -93,6 +95,9 @@ class Command:
             if pid == self.pid:
                 code = os.waitstatus_to_exitcode(status)
                 self.status = code if code >= 0 else 128 - code
+                if self.exits is not None:
+                    os.close(self.exits)
+                    self.exits = None
 
 
 def _become(

@@ -117,8 +117,8 @@ class Recorder:
 
             with ExitStack() as stack:
                 library = self._means.library
-                pinned = stack.enter_context(ExitStack())
-                directory = pinned.enter_context(_public_directory()) if library else None
+                lent = stack.enter_context(ExitStack())
+                directory = _public_directory(lent) if library else None
                 capture = stack.enter_context(
                     Capture(
                         self._means.tracefs,
@@ -132,7 +132,7 @@ class Recorder:
                 run = self._run(capture, directory)
                 if run.command.status is None and directory is not None:
                     # What it still starts would complain of a library that is gone.
-                    pinned.pop_all()
+                    lent.pop_all()
             return self._write(capture, run, writer)
 
     def _run(self, capture: Capture, directory: Path | None) -> _Run:
@@ -162,7 +162,6 @@ class Recorder:
     def _watch(self, command: Command, capture: Capture, began: int) -> None:
         """Until nothing runs any more, or somebody insists that the recording ends."""
         lender = self._means.lender
-        listening = [lender] if lender is not None else []
         ended = stopped(command, self._signals)
         while command.reap() and not ended():
             capture.drain()
@@ -170,9 +169,9 @@ class Recorder:
             if now >= self._due:
                 self._due = now + _SHOW_SECONDS
                 self._show(self._progress(capture, began))
-            if lender is None:
-                time.sleep(_DRAIN_SECONDS)
-            elif select.select(listening, (), (), _DRAIN_SECONDS)[0]:
+            listening = [one for one in (lender, command.exits) if one is not None]
+            ready, _, _ = select.select(listening, (), (), _DRAIN_SECONDS)
+            if lender is not None and lender in ready:
                 lender.serve()
 
     def _progress(self, capture: Capture, began: int) -> Progress:
@@ -247,16 +246,13 @@ def noting(seen: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _public_directory() -> Iterator[Path]:
+def _public_directory(stack: ExitStack) -> Path:
     """A directory that programs of any user can load the shim from, and have it write to."""
     directory = residue.directories()[0] / residue.own_name()
     directory.mkdir(mode=0o711)
-    try:
-        directory.chmod(0o711)
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    directory.chmod(0o711)
+    return directory
 
 
 def _environment(means: Means, directory: Path | None) -> dict[str, str]:
