@@ -17,6 +17,7 @@ import numpy as np
 
 from mmunotify import PAGE_SHIFT, PAGE_SIZE, PMD_SIZE, Device, LockModel, RwSems, SleepableDriver
 from mmunotify.errors import BadAddress, MmError
+from mmunotify.model import flags as f
 from mmunotify.model.machine import Machine
 from mmunotify.model.vma import find_vma
 
@@ -349,9 +350,9 @@ class Replay:
         if space is None:
             return
         for address in range(start, end, PAGE_SIZE):
-            found = space.mm.primary.translate(address)
-            if found is not None:
-                await self._machine.reclaim_pages([found.frame])
+            entry = space.mm.pt.get(address >> PAGE_SHIFT)
+            if entry & f.PTE_PRESENT and not entry & f.PTE_SPECIAL:
+                await self._machine.reclaim_pages([(entry & f.PFN_MASK) >> PAGE_SHIFT])
         self._heard.clear()
 
     def _age(self, task: Task, start: int, pages: int, size: int) -> None:

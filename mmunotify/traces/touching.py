@@ -108,20 +108,30 @@ class Toucher:
 
     async def faulted(self, address: int, pages: int, write: bool) -> None:
         """The program faulted on `pages` pages in a row, of which the first has `address`."""
-        draws, hot, devices = self._draws, self._hot, self._devices
+        draws, devices, members = self._draws, self._devices, self._set
+        if not self._hot:
+            for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
+                if next(draws.yes):
+                    for device in devices:
+                        if not device.access(touched, write=write):
+                            await self._miss(device, touched, write)
+            return
+        most, newcomers, slots = draws.touching.pages, draws.newcomers, draws.slots
         for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
-            if hot:
-                used = self._join(touched, write)
-                if used is None:
-                    continue
-                at, writes = used
-            elif next(draws.yes):
-                at, writes = touched, write
-            else:
-                continue
-            for device in devices:
-                if not device.access(at, write=writes):
-                    await self._miss(device, at, writes)
+            slot = next(newcomers)
+            if len(members) < most:
+                members.append((touched, write))
+            elif slot != _STAYS:
+                members[slot] = (touched, write)
+            slot = next(slots)
+            if slot < len(members):
+                at, writes = members[slot]
+                for device in devices:
+                    if not device.access(at, write=writes) and not await self._miss(
+                        device, at, writes
+                    ):
+                        self._leave(slot)
+                        break
 
     async def guest_faulted(self, address: int, write: bool) -> None:
         """The program's own guest faulted on a page, as the devices do that have a guest."""
@@ -135,24 +145,26 @@ class Toucher:
         if self._hot and slot < len(self._set):
             address, write = self._set[slot]
             for device in self._devices:
-                if not device.access(address, write=write):
-                    await self._miss(device, address, write)
+                if not device.access(address, write=write) and not await self._miss(
+                    device, address, write
+                ):
+                    self._leave(slot)
+                    break
 
-    def _join(self, address: int, write: bool) -> tuple[int, bool] | None:
-        """Let a page into the working set; which page of it is used now."""
-        draws, pages = self._draws, self._set
-        slot = next(draws.newcomers)
-        if len(pages) < draws.touching.pages:
-            pages.append((address, write))
-        elif slot != _STAYS:
-            pages[slot] = (address, write)
-        slot = next(draws.slots)
-        return pages[slot] if slot < len(pages) else None
+    def _leave(self, slot: int) -> None:
+        """A page of the working set is gone: the next one that is faulted on joins."""
+        last = self._set.pop()
+        if slot < len(self._set):
+            self._set[slot] = last
 
-    async def _miss(self, device: Device, address: int, write: bool) -> None:
+    async def _miss(self, device: Device, address: int, write: bool) -> bool:
+        """Serve a miss; False if the process has no page there."""
         found = self._primary.translate(address)
-        if found is not None and (found.writable or not write or not device.access(address)):
+        if found is None:
+            return False
+        if found.writable or not write or not device.access(address):
             # Memory that the process has and the device may not use (a guard page, a mapping of
             # another device) is nothing to it.
             with suppress(BadAddress):
                 await device.fault(address, write=write and found.writable)
+        return True
