@@ -86,5 +86,7 @@ def run() -> int | str:
             raise
         if isinstance(error, MmuNotifyError | CycloptsError):
             return f"mmunotify: {error}"
+        if isinstance(error, OSError) and error.filename is not None:
+            return f"mmunotify: {error.filename}: {error.strerror}"
         return f"mmunotify: {type(error).__name__}: {error} (--debug shows where)"
     return status or 0

@@ -7,7 +7,7 @@ import json as jsonlib
 from pathlib import Path  # noqa: TC003 - cyclopts reads the annotation
 from typing import Annotated, Any, Final, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +34,7 @@ def compare(
     batching: Annotated[list[Batching] | None, Parameter(negative="")] = None,
     thread: Annotated[bool, Parameter(negative="")] = False,
     device: DeviceOption = HOT,
-    repeat: int = 1,
+    repeat: Annotated[int, Parameter(validator=validators.Number(gte=1))] = 1,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Replay one recorded program under every combination of locks, batching and driver.

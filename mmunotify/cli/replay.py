@@ -107,6 +107,9 @@ def replay(
     reason = design.impossible()
     if reason is not None:
         raise DriverConfigError(f"{reason}: choose other --locks or --batching")
+    if report is not None:
+        # That it cannot be written is better known now than at the end.
+        report.open("a").close()
     console = Console()
     status = 0
     reported: list[dict[str, Any]] = []

@@ -167,7 +167,7 @@ class Replay:
                         break
                     await machine.cond_resched()
                 for task in list(self._tasks.values()):
-                    await self._goes_on(task)
+                    await self._goes_on(task, whole=not self.stopped)
             finally:
                 self.replay_seconds = time.perf_counter() - began
 
@@ -240,11 +240,14 @@ class Replay:
                 self._test_young(task, a)
         self.now = int(times[-1])
 
-    async def _goes_on(self, task: Task) -> None:
-        """The recording is over: what its last event has left open ends here."""
+    async def _goes_on(self, task: Task, *, whole: bool) -> None:
+        """The recording is over: what its last event has left open ends here.
+
+        What the rest of a recording would have told of it, nobody knows: it is not compared.
+        """
         if task.reclaimed is not None:
             await self._reclaim(task, None)
-        if task.fault is not None:
+        if task.fault is not None and whole and not self.recording.truncated:
             await self._end_fault(task, task.fault)
 
     # ------------------------------------------------------------------ faults

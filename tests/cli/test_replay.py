@@ -184,6 +184,9 @@ def test_the_threads_comparison_has_its_twelve_cells() -> None:
         (("replay", __file__), f"{__file__}:1:1: expected a line #{{...}}"),
         (("replay", SQLITE, "--device", "hot"), "Invalid value for --device: 'hot': expected same"),
         (("replay", SQLITE, "--driver", "nix"), "no driver 'nix'"),
+        (("replay", SQLITE, "--log", "/nix/log"), "/nix/log: No such file or directory"),
+        (("replay", SQLITE, "--report", "/nix/page"), "/nix/page: No such file or directory"),
+        (("compare", SQLITE, "--repeat", "0"), 'Invalid value "0" for --repeat. Must be >= 1.'),
         (("replay", SQLITE, "--driver", "atomic,x=1"), "driver 'atomic' has no option 'x'"),
         (("replay", SQLITE, "--driver", "kvm,x"), "driver 'kvm': expected option=value"),
         (
