@@ -86,7 +86,7 @@ def explore(
         "sleep-sets": SleepSets,
         "random": lambda: Random(seed),
         "pct": lambda: PCT(depth, seed),
-        "hypothesis": lambda: Hypothesis(schedules or 100),
+        "hypothesis": Hypothesis,
     }
     if preemptions is not None and strategy != "dfs":
         raise BadExploration(f"--preemptions: expected --strategy dfs, found {strategy}")

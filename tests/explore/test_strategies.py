@@ -213,6 +213,8 @@ def test_hypothesis_stops_at_what_it_was_told() -> None:
     assert (found.schedules, found.exhausted) == (20, False)
     found = explore(taking_turns(4, "a", "b"), strategy=Hypothesis(20), schedules=10).check()
     assert (found.schedules, found.exhausted) == (10, False)
+    found = explore(taking_turns(3, "a", "b", "c"), strategy="hypothesis", schedules=130).check()
+    assert (found.schedules, found.exhausted) == (130, False)
 
 
 def test_hypothesis_gives_a_long_program_its_end() -> None:

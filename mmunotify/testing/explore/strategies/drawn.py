@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from mmunotify.testing.explore.explore import Search
 
+_EXAMPLES: Final = 100
 _MOST: Final = 2_000
 """Of the choices of a schedule; Hypothesis gives an example up that draws some thousand times."""
 
@@ -77,12 +78,13 @@ class Drawn(Strategy):
 class Hypothesis(Strategy):
     """Schedules that Hypothesis draws, `examples` of them, no two the same.
 
-    It is done before when there are not so many. A failing one is made simpler as with any other
-    strategy; where the test draws more than the schedule, `Drawn` lets Hypothesis do it.
+    None is as many as `explore(schedules=)` says, or 100. It is done before when there are not so
+    many. A failing one is made simpler as with any other strategy; where the test draws more than
+    the schedule, `Drawn` lets Hypothesis do it.
     """
 
-    def __init__(self, examples: int = 100) -> None:
-        if examples < 1:
+    def __init__(self, examples: int | None = None) -> None:
+        if examples is not None and examples < 1:
             raise BadExploration(f"examples={examples}, expected at least 1")
         self.examples = examples
         self.decide = self.choose
@@ -90,7 +92,7 @@ class Hypothesis(Strategy):
         self._bounds: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Hypothesis(examples={self.examples})"
+        return f"Hypothesis(examples={self.examples})" if self.examples else "Hypothesis()"
 
     @property
     def bounds(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class Hypothesis(Strategy):
         """Of all schedules, those at each choice counted as equally many."""
 
         @hypothesis.settings(
-            max_examples=self.examples,
+            max_examples=self.examples or search.schedules or _EXAMPLES,
             phases=(hypothesis.Phase.generate,),
             database=None,
             deadline=None,
