@@ -7,7 +7,7 @@ are spinlocks it marks, and waits after they are dropped. Everything but that is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from mmunotify import PAGE_SHIFT, DeferredDriver, Event, SleepableDriver
 
@@ -57,10 +57,7 @@ class _Body:
     async def release(self) -> None:
         """The address space exits, or the driver leaves it: nobody has a page of it afterwards."""
         await self.group.exit()
-        self.group.xpmem.log.emit(
-            events.COUNTED,
-            **{name: count for name, count in self.counters.items() if name in _COUNTED},
-        )
+        self.group.xpmem.log.emit(events.COUNTED, **self.counters)
 
     # ------------------------------------------------------------------ the device
 
@@ -87,7 +84,7 @@ class _Body:
 
     def _unmapped(self, rng: Range) -> None:
         """An UNMAP takes attachments of the process itself away, too."""
-        if rng.event is Event.UNMAP and self.group.attachments:
+        if rng.event is Event.UNMAP:
             self.group.unmapped(rng.start, rng.end)
 
     def _now(self, rng: Range) -> bool:
@@ -113,10 +110,7 @@ class XpmemDriver(_Body, SleepableDriver):
     async def invalidate_range_start(self, rng: Range) -> None:
         """Recall the range from all importers, and hold their faults off until the end."""
         table = self.table
-        counters = table.counters
-        counters["invalidate_range_start"] += 1
         first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
-        counters["pages"] += last - first
         table.open.append((first, last))
         if table.holders or table.pins or table.remotes:
             wait = table.invalidate(first, last)
@@ -131,8 +125,8 @@ class XpmemDriver(_Body, SleepableDriver):
     async def invalidate_range_end(self, rng: Range) -> None:
         """Let faults in again."""
         table = self.table
-        table.counters["invalidate_range_end"] += 1
-        self._unmapped(rng)
+        if self.group.attachments:
+            self._unmapped(rng)
         table.end(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))
         if self.group.xpmem.exporter.outbox:
             self.group.xpmem.flush()
@@ -175,18 +169,17 @@ class DeferredXpmemDriver(_Body, DeferredDriver):
     async def invalidate_range_sync(self, rng: Range) -> None:
         """Recall everything that is marked, and wait for it."""
         table = self.table
-        table.counters["invalidate_range_sync"] += 1
         self._unmapped(rng)
-        marks = self._marks
-        if marks:
-            self._marks = []
-            table.counters["invalidate_range"] += len(marks)
+        marks, self._marks = self._marks, []
         if not (table.holders or table.pins or table.remotes):
             return
         # What was marked by others may be recalled early; what is marked here must be now.
-        ranges = [(mark.start >> PAGE_SHIFT, -(-mark.end >> PAGE_SHIFT)) for mark in marks]
-        ranges.append((rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)))
-        waits = [table.invalidate(first, last) for first, last in merged(ranges)]
+        if len(marks) > 1 or (marks and marks[0] is not rng):
+            marks.append(rng)
+            ranges = _pages_of(marks)
+        else:
+            ranges = [(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))]
+        waits = [table.invalidate(first, last) for first, last in ranges]
         for wait in waits:
             if wait is not None:
                 await self.group.xpmem.settle(table, wait)
@@ -196,10 +189,15 @@ class DeferredXpmemDriver(_Body, DeferredDriver):
         return self._now(rng)
 
 
-_COUNTED: Final = frozenset(
-    (
-        *("invalidate_range_start", "invalidate_range_end"),
-        *("invalidate_range", "invalidate_range_sync", "pages"),
-        *("mapped", "flushes", "installed", "refaults", "retries", "served", "stores", "recalls"),
-    )
-)
+def _pages_of(marks: list[Range]) -> list[tuple[int, int]]:
+    """The pages of some ranges, as ascending ranges of pages that neither meet nor touch."""
+    found = []
+    low = high = -1
+    for mark in marks:
+        if mark.start == high:  # neighbours mostly come one after the other
+            high = mark.end
+        else:
+            found.append((low >> PAGE_SHIFT, -(-high >> PAGE_SHIFT)))
+            low, high = mark.start, mark.end
+    found.append((low >> PAGE_SHIFT, -(-high >> PAGE_SHIFT)))
+    return merged(found[1:])

@@ -9,9 +9,8 @@ from mmunotify import define_event
 COUNTED: Final = define_event(
     "xpmem_counted",
     "info",
-    "driver invalidate_range_start invalidate_range_end invalidate_range invalidate_range_sync "
-    "pages mapped flushes installed refaults retries served stores recalls",
-    "At release: what the thread group was told and did.",
+    "mapped flushes installed refaults retries served stores recalls pinned unpinned",
+    "At release: what a thread group has exported, and what became of it.",
 )
 SEGMENT_MADE: Final = define_event(
     "xpmem_segment_made", "info", "segid start end mode fence", "A range is exported."

@@ -155,12 +155,13 @@ class PfnTable:
         pop = self.holders.pop
         # Neighbours mostly have the same holders.
         groups: dict[tuple[Holder, ...], list[int]] = {}
+        last: tuple[Holder, ...] | None = None
+        group: list[int] = []
         for page in pages:
             known = pop(page)
-            if known in groups:
-                groups[known].append(page)
-            else:
-                groups[known] = [page]
+            if known is not last:
+                last, group = known, groups.setdefault(known, [])
+            group.append(page)
         if len(groups) == 1:
             ((known, dropped),) = groups.items()
             for holder in known:
