@@ -399,6 +399,12 @@ class File:
         out = bytearray()
         while offset < end:
             index = offset >> PAGE_SHIFT
+            if self.kind == "memfd" and index not in self.pages and index not in self.swapped:
+                # A hole is read as zeros, and stays one.
+                high = min(PAGE_SIZE - (offset & _PAGE_BITS), end - offset)
+                out += bytes(high)
+                offset += high
+                continue
             frame, _ = await self.page(index, self._read_ahead(index, -(-end >> PAGE_SHIFT)))
             if frame < 0:
                 break

@@ -45,3 +45,14 @@ async def test_collapse_needs_memory_that_was_written() -> None:
         await mm.madvise(start + PAGE, mn.PMD_SIZE - PAGE, "collapse")
         with pytest.raises(MmError):
             await mm.madvise(start + PAGE, PAGE, "collapse")
+
+
+async def test_reading_a_hole_of_a_memfd_leaves_it_one() -> None:
+    async with Machine(frames=64, contents=True) as machine:
+        file = machine.file(4)
+        used = machine.frames.used
+        assert await machine.pread(file, 100, 3 * PAGE) == bytes(3 * PAGE)
+        assert machine.frames.used == used
+        await machine.pwrite(file, PAGE, b"x")
+        assert await machine.pread(file, PAGE - 1, 3) == b"\0x\0"
+        machine.close(file)
