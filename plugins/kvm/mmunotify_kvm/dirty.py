@@ -33,10 +33,6 @@ class DirtyBitmap:
         self._flag[page] = 1
         return fresh
 
-    def set_many(self, pages: npt.NDArray[np.int64]) -> None:
-        """Note some pages."""
-        self._flags[pages] = True
-
     def pages(self, first: int = 0, last: int | None = None) -> npt.NDArray[np.int64]:
         """Those of [first, last) that are noted, ascending."""
         return np.flatnonzero(self._flags[first:last]) + first

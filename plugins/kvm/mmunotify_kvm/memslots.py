@@ -93,11 +93,6 @@ class Memslots:
                 return slot
         return None
 
-    def find_hva(self, address: int) -> MemorySlot | None:
-        """A slot whose memory is at a host address; the first of several."""
-        found = self.overlapping(address, address + 1)
-        return found[0] if found else None
-
     def overlapping(self, start: int, end: int) -> Sequence[MemorySlot]:
         """The slots whose host memory meets [start, end) in bytes, ascending."""
         hvas = self._hvas
