@@ -74,9 +74,14 @@ class Pending:
     resend_at: float
     give_up_at: float
     grant: Grant | None = None
+    asked: float = attrs.field(init=False)
+    """From when on the exporter has had time to answer."""
     waiters: list[Callable[[], object]] = attrs.field(factory=list)
     done: bool = False
     error: BaseException | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.asked = self.sent
 
     def finish(self, error: BaseException | None = None) -> None:
         """It is answered, or never will be."""
@@ -277,6 +282,7 @@ class Importer:
         self._new_id = new_id
         self._fid = 0
         self._buffers = Buffers()
+        self._stopped_after = 4 * resend
         self._pending: Final[dict[Pending, None]] = {}
         self._by_rid: Final[dict[bytes, Pending]] = {}
 
@@ -312,7 +318,7 @@ class Importer:
         self._fid = fid = self._fid + 1
         fault.fid = fid
         fault.stale = False
-        fault.sent = now
+        fault.sent = fault.asked = now
         fault.part, fault.inc = source.part, source.inc
         fault.message = Fault(
             self.part, self.inc, grant.aid, source.inc, fid, fault.first, fault.need, fault.count
@@ -608,6 +614,8 @@ class Importer:
 
     def tick(self, now: float) -> None:
         """Time has passed: send again, give up, beat, and let go of what the lease is over for."""
+        if now - self.deadline > self._stopped_after:
+            self._was_stopped(now - self.deadline)
         deadline = INFINITY
         for source in list(self.sources.values()):
             if now >= source.beat_at:
@@ -636,14 +644,22 @@ class Importer:
                 deadline = min(deadline, pending.resend_at)
         self.deadline = deadline
 
+    def _was_stopped(self, seconds: float) -> None:
+        """This process has not run meanwhile: that nobody was heard of is nobody's fault."""
+        for source in self.sources.values():
+            source.heard += seconds
+        for pending in self._pending:
+            pending.asked += seconds
+            pending.give_up_at += seconds
+
     def _give_up_at(self, pending: Pending) -> float:
         if pending.give_up_at != INFINITY:
             return pending.give_up_at
         # A fault or store: as long as the exporter is heard of, it may wait for something there.
         grant = pending.grant
         assert grant is not None
-        heard = grant.source.heard if grant.source is not None else pending.sent
-        return max(heard, pending.sent) + self.patience
+        heard = grant.source.heard if grant.source is not None else pending.asked
+        return max(heard, pending.asked) + self.patience
 
     def _give_up(self, pending: Pending) -> None:
         what = f"partition {pending.part} has been silent for {self.patience:g} s"

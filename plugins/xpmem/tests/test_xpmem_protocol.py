@@ -461,13 +461,30 @@ def test_lease_is_as_old_as_what_was_answered() -> None:
 def test_silent_exporter_is_given_up() -> None:
     """After `patience` a request fails, and says whom it asked."""
     i = Importing()
+    for tenths in range(1, 11):
+        i.importer.tick(tenths / 10)
     fault = i.importer.fault(i.grant, 5, 1, 1, 1.0)
-    i.importer.tick(20.9)
+    for tenths in range(11, 210):
+        i.importer.tick(tenths / 10)
     assert not fault.done
     i.importer.tick(21.1)
     assert isinstance(fault.error, XpmemError)
     assert fault.error.errno == errno.EHOSTDOWN
     assert "partition 7" in str(fault.error)
+
+
+def test_time_in_which_it_was_stopped_does_not_count() -> None:
+    """A process that goes on after an hour has not waited for an hour."""
+    i = Importing()
+    fault = i.importer.fault(i.grant, 5, 1, 1, 1.0)
+    i.sent()
+    i.importer.tick(1.1)
+    i.importer.tick(3600.0)
+    assert not fault.done
+    assert any(message is fault.message for message in i.sent())
+    for tenths in range(36000, 36400):
+        i.importer.tick(tenths / 10)
+    assert isinstance(fault.error, XpmemError)
 
 
 def test_unwanted_permit_is_given_back() -> None:
