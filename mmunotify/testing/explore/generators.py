@@ -26,6 +26,8 @@ def closed_when_dropped() -> Iterator[None]:
 
 
 def _close(generator: AsyncGenerator[Any, Any]) -> None:
+    if getattr(generator, "ag_running", False):
+        return  # dropped together with the task that was inside, of an execution that was given up
     closing = generator.aclose()
     try:
         closing.send(None)
