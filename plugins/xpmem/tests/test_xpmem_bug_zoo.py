@@ -259,3 +259,44 @@ async def test_z31_exit_with_a_deaf_importer() -> None:
 
 class Listener(mn.SleepableDriver):
     async def invalidate_range_start(self, rng: mn.Range) -> None: ...
+
+
+async def test_cancelled_invalidation_frees_nothing() -> None:
+    """Who gives up waiting for a deaf importer has not freed the page; the next one waits again,
+    says whom for, and is done with its acknowledgement. Nobody that must not wait gets through."""
+    hub = MemoryHub()
+    deliver = hub.deliver
+    held: list[Any] = []
+
+    def deaf(one: Any) -> None:
+        if isinstance(decode(memoryview(one.frame))[0], Inv):
+            held.append(one)
+        else:
+            deliver(one)
+
+    async with sharing(True, hub=hub) as (mm, exporter, importer):
+        address = await mm.mmap(PAGE)
+        await mm.write(address, b"kept")
+        attachment = await attach(exporter, importer, address, PAGE)
+        assert await attachment.read(0, 4) == b"kept"
+        hub.deliver = deaf  # type: ignore[method-assign,assignment]
+        with (
+            pytest.raises(mn.WouldBlock),
+            mm.notifiers.invalidating_nonblock(mn.Range(address, address + PAGE)),
+        ):
+            pass
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(mm.madvise, address, PAGE, "dontneed")
+            while not held:
+                await anyio.lowlevel.checkpoint()
+            assert exporter.xpmem.status()["waiting_for"] == ["2"]
+            tasks.cancel_scope.cancel()
+        assert await mm.read(address, 4) == b"kept"
+        assert not exporter.table.open
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(mm.madvise, address, PAGE, "dontneed")
+            await anyio.wait_all_tasks_blocked()
+            assert mm.primary.translate(address) is not None
+            hub.deliver = deliver  # type: ignore[method-assign]
+            deliver(held[0])
+        assert await attachment.read(0, 4) == bytes(4)
