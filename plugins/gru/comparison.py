@@ -165,9 +165,9 @@ What is to be seen:
   it flushes.
 - Gathering makes no difference to the device, but for the time at which it is told.
 - A gate handle drops at most 1,023 pages exactly; a longer range costs the address space everything
-  that it has in that TLB. Were such ranges dropped in parts of 1,023 pages, ranges would have the
-  62 refaults of page by page for sqlite instead of 70, and 1,634 for redis instead of 1,689 (in a
-  working set of 64 pages), for 16 and 46 flush operations more.
+  that it has in that TLB. Were such ranges dropped in parts of 1,023 pages, a working set of 64
+  pages would have 79 refaults instead of 98 in sqlite, and 1,361 instead of 1,421 in redis, for 16
+  and 46 flush operations more.
 
 The recordings are those in `tests/data/traces` of the repository, nothing is left to chance, and
 whoever repeats it gets the same counts:
