@@ -195,6 +195,8 @@ def show(console: Console, found: dict[str, Any]) -> None:
     if found["truncated"] or found["stopped"]:
         why = "the file ends there" if found["truncated"] else "interrupted"
         console.print(f"  of {found['recorded_events']:,} events that were recorded: {why}")
+    if found["lost"]:
+        console.print(f"  {found['lost']:,} events were lost when it was recorded")
     if found["kernel_announcements"]:
         share = found["matched"] / found["kernel_announcements"]
         console.print(

@@ -54,6 +54,7 @@ def figures(replay: Replay) -> dict[str, Any]:
         "design": design_figures(replay.design),
         "events": replay.events,
         "recorded_events": recording.header.events,
+        "lost": recording.header.lost,
         "truncated": recording.truncated,
         "stopped": replay.stopped,
         "recorded_seconds": replay.recorded_seconds,

@@ -353,3 +353,16 @@ async def test_number_of_a_task_can_be_used_again(tmp_path: Path) -> None:
     text += f"1 v 8 F {BASE:x} {BASE + 0x8000:x} rw-p 0 0 \n1 > 8 munmap {BASE:x} 8000\n"
     text += f"1 u 8 {BASE:x} {BASE + 0x8000:x}\n1 < 8 munmap 0\n1 e 8\n"
     assert await counts(replay(tmp_path, text)) == (5, 5, 0)
+
+
+async def test_lost_events_are_not_an_error_and_are_shown(tmp_path: Path) -> None:
+    """Of a clone, say: its task is nobody's, and that is named."""
+    text = START + f"1 f 12 {BASE:x} 99 6\n1 u 12 {BASE:x} {BASE + 0x1000:x}\n1 e 12\n1 e 7\n"
+    path = tmp_path / "prog.mmt"
+    path.write_text(
+        f"#{json.dumps({**HEADER, 'lost': [1, 2], 'events': text.count(chr(10))})}\n{text}"
+    )
+    found = Replay(Recording(path), Design())
+    await found.run()
+    assert figures(found)["lost"] == 3
+    assert sum(found.unexplained.values()) == 1
