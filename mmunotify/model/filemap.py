@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["memfd", "ext4"]
 _PAGE_BITS = PAGE_SIZE - 1
+_MAPPING = f.PFN_MASK | f.PTE_PRESENT | f.PTE_SPECIAL
 _READAHEAD = 1024
 
 
@@ -387,7 +388,8 @@ class File:
                     for page in range(first, last):
                         entry = mm.pt.get(page)
                         frame = self.pages[page - vma.first + vma.pgoff]
-                        if mm.maps(page, frame) and entry & (f.PTE_DIRTY | f.PTE_RW):
+                        mapped = frame << PAGE_SHIFT | f.PTE_PRESENT
+                        if entry & (f.PTE_DIRTY | f.PTE_RW) and entry & _MAPPING == mapped:
                             mm.set_pte(page, entry & ~(f.PTE_DIRTY | f.PTE_RW))
                             mm.flush_tlb(page, page + 1)
         await self.machine.settle()
