@@ -125,7 +125,6 @@ class PfnTable:
         may be served again at once, an invalidation that finds it gone still waits for what it has
         not acknowledged.
         """
-        wait = None
         holders = self.holders
         if holders:
             if last - first <= len(holders):
@@ -136,19 +135,16 @@ class PfnTable:
                 if announced:
                     self.counters["flushes"] += 1
                     self.counters["mapped"] += len(pages)
-                wait = self._take(pages)
+                self._take(pages)
         if self.pins:
             # A page is pinned before it has a holder.
             pinned = self.pins if len(self.pins) < last - first else range(first, last)
             self.let_go([page for page in pinned if first <= page < last])
         if self.remotes:
-            wait = self._owed(first, last, wait)
-        if wait is None or not wait.pending:
-            return None
-        self.waits.add(wait)
-        return wait
+            return self._owed(first, last)
+        return None
 
-    def _take(self, pages: list[int]) -> Wait:
+    def _take(self, pages: list[int]) -> None:
         if len(self._dropped) > _REMEMBERED:
             self._dropped.clear()
         self._dropped.update(pages)
@@ -166,7 +162,7 @@ class PfnTable:
             ((known, dropped),) = groups.items()
             for holder in known:
                 holder.drop(dropped)
-            return Wait()
+            return
         victims: dict[Holder, list[int]] = {}
         for known, dropped in groups.items():
             for holder in known:
@@ -174,15 +170,16 @@ class PfnTable:
         for holder, dropped in victims.items():
             dropped.sort()
             holder.drop(dropped)
-        return Wait()
 
-    def _owed(self, first: int, last: int, wait: Wait | None) -> Wait | None:
+    def _owed(self, first: int, last: int) -> Wait | None:
         """What was told now, and what was told before and is still not acknowledged."""
+        wait = None
         for remote in self.remotes:
             number = remote.unacked(first, last)
             if number:
                 if wait is None:
                     wait = Wait()
+                    self.waits.add(wait)
                 wait.pending.add(remote)
                 remote.tell(number, wait)
         return wait
