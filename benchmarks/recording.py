@@ -39,7 +39,7 @@ import os, sqlite3, sys
 base = sqlite3.connect(sys.argv[1], isolation_level=None)
 base.execute("pragma mmap_size = 100000000")
 base.execute("create table t (id integer primary key, word text)")
-for number in range(1500):
+for number in range(12000):
     base.execute("insert into t values (?, ?)", (number, "x" * 100))
 os.unlink(sys.argv[1])
 """

@@ -81,14 +81,21 @@ BY_NAME: Final = {call.name: call for call in SYSCALLS}
 
 
 def kernel_filter(numbers: Iterable[int] = BY_NUMBER) -> str:
-    """An event filter on `id`, in as few comparisons as consecutive numbers allow."""
-    terms: list[str] = []
-    first = last = -2
-    for number in (*sorted(numbers), -2):
-        if number == last + 1:
-            last = number
-            continue
-        if first >= 0:
-            terms.append(f"id == {first}" if first == last else f"(id >= {first} && id <= {last})")
-        first = last = number
-    return " || ".join(terms)
+    """An event filter on `id`: a search by halves, since the kernel asks it for every call."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return _search(spans)
+
+
+def _search(spans: list[list[int]]) -> str:
+    if len(spans) == 1:
+        first, last = spans[0]
+        return f"id == {first}" if first == last else f"id >= {first} && id <= {last}"
+    middle = len(spans) // 2
+    low, high = _search(spans[:middle]), _search(spans[middle:])
+    border = spans[middle][0]
+    return f"(id < {border} && ({low})) || (id >= {border} && ({high}))"
