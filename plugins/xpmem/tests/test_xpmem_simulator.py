@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from mmunotify_xpmem.engine import Sender
     from mmunotify_xpmem.memory_engine import MemoryEngine
+    from mmunotify_xpmem.wire import Buffer, Message
 
 PAGES = 3
 ATTACHERS = 3
@@ -77,6 +78,14 @@ class Node:
         self.importer = kinds.importer(part, self.inc, sim.new_id, patience=20.0)
         self.exporter = kinds.exporter(part, self.inc, kinds.aids(sim), ttl=5.0, heartbeat=1.0)
         self.kinds = kinds
+        self._send = self.exporter._send
+        self.exporter._send = self.note  # type: ignore[method-assign]
+
+    def note(self, part: int, inc: bytes, message: Message, body: Buffer = b"") -> None:
+        """The exporter sends something: whoever gets a page of it now is not fenced."""
+        if isinstance(message, Page):
+            self.sim.served(message.aid)
+        self._send(part, inc, message, body)
 
     def received(self, sender: Sender, frame: memoryview) -> None:
         message, body = decode(frame)
@@ -116,8 +125,6 @@ class Node:
         for side in (exporter, importer):
             out, side.outbox = side.outbox, []
             for part, inc, message, body in out:
-                if isinstance(message, Page):
-                    self.sim.served(message.aid)
                 self.engine.send(self.kinds.address(part, inc), encode(message), body)
         importer.reattached.clear()
 
