@@ -56,6 +56,9 @@ async def handle_mm_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int
                     await mm.anon_vma_prepare(vma)
                 await machine.balance()
                 continue
+            if vma.uffd is not None and vma.uffd.minor(vma, page) and not entry:
+                await vma.uffd.handle(mm, page, flags)
+                return 0
             return await _do_fault(mm, vma, page, flags)
         if not entry & f.PTE_PRESENT:
             kind = entry & f.SWP_TYPE_MASK
@@ -393,7 +396,7 @@ def _do_fault_nowait(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> 
     if flags & f.FAULT_WRITE:
         prot |= _NEW_WRITABLE
         frames.word[frame] |= fr.PG_DIRTY
-    _map_file_page(mm, vma, mm.pt.leaf_of(page).pte, page, frame, prot)
+    map_file_page(mm, vma, mm.pt.leaf_of(page).pte, page, frame, prot)
     return 0
 
 
@@ -442,7 +445,7 @@ async def _do_fault(mm: AddressSpace[Any], vma: Vma, page: int, flags: int) -> i
             frames.word[frame] |= fr.PG_DIRTY
         elif leaf.pte[page & 511]:
             prot = prot & ~f.PTE_RW | f.PTE_UFFD_WP
-        _map_file_page(mm, vma, leaf.pte, page, frame, prot)
+        map_file_page(mm, vma, leaf.pte, page, frame, prot)
     return major
 
 
@@ -460,9 +463,10 @@ def _read_around(vma: Vma, index: int) -> tuple[int, int] | None:
     return None
 
 
-def _map_file_page(
+def map_file_page(
     mm: AddressSpace[Any], vma: Vma, pte: memoryview, page: int, frame: int, prot: int
 ) -> None:
+    """Map a frame of a file at `page`, whose leaf's entries are `pte`."""
     mm.machine.frames.word[frame] += fr.MAPPED_ONCE
     if vma.flags & f.VM_LOCKED:
         mm.machine.mlock(frame)

@@ -56,7 +56,9 @@ VM_HUGEPAGE: Final = 0x20000000
 VM_NOHUGEPAGE: Final = 0x40000000
 VM_MERGEABLE: Final = 0x80000000
 VM_MAYBE_GUARD: Final = 0x800
+VM_UFFD_MINOR: Final = 1 << 41
 VM_SEALED: Final = 1 << 42
+VM_UFFD: Final = VM_UFFD_MISSING | VM_UFFD_WP | VM_UFFD_MINOR
 
 VM_ACCESS_FLAGS: Final = VM_READ | VM_WRITE | VM_EXEC
 VM_SPECIAL: Final = VM_PFNMAP | VM_DONTEXPAND
@@ -80,6 +82,7 @@ MNEMONICS: Final[tuple[tuple[int, str], ...]] = (
     (VM_DONTDUMP, "dd"),
     (VM_HUGEPAGE, "hg"),
     (VM_MERGEABLE, "mg"),
+    (VM_UFFD_MINOR, "ui"),
     (VM_SEALED, "sl"),
 )
 """What /proc/pid/smaps prints on its VmFlags line, in its order.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .vma import Vma
 
 
-_NOT_INHERITED: Final = f.VM_LOCKED_MASK | f.VM_UFFD_MISSING | f.VM_UFFD_WP
+_NOT_INHERITED: Final = f.VM_LOCKED_MASK | f.VM_UFFD
 
 
 async def fork(mm: AddressSpace[Any], name: str = "child") -> AddressSpace[Any]:

@@ -1,8 +1,8 @@
-"""userfaultfd as operations of an address space: missing pages and write protection.
+"""userfaultfd as operations of an address space: missing pages, minor faults, write protection.
 
-A fault in a registered range waits, without mmap_lock, until somebody copies, zeroes or unprotects
-its page or unregisters the range. Only write protection and moves are announced: a page that
-appears is nothing that a driver could hold.
+A fault in a registered range waits, without mmap_lock, until somebody copies, zeroes, maps or
+unprotects its page or unregisters the range. Only write protection and moves are announced: a page
+that appears is nothing that a driver could hold.
 
 Source: mm/userfaultfd.c, fs/userfaultfd.c.
 """
@@ -19,6 +19,7 @@ from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
 
 from . import flags as f
 from . import frames as fr
+from .fault import map_file_page
 from .mmap import pages_of
 from .mprotect import change_protection
 from .vma import Vma, find_vma, modify, vmas_in
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
     from .mm import AddressSpace
 
 FEATURE_WP_ASYNC: Final = 1 << 15
-_MODES: Final = {"missing": f.VM_UFFD_MISSING, "wp": f.VM_UFFD_WP}
+_MODES: Final = {
+    "missing": f.VM_UFFD_MISSING,
+    "wp": f.VM_UFFD_WP,
+    "minor": f.VM_UFFD_MINOR,
+}
 
 
 async def open_uffd(mm: AddressSpace[Any], features: int = 0) -> UserFaultFd:
@@ -80,9 +85,13 @@ class UserFaultFd:
         return first, last
 
     async def register(
-        self, addr: int, length: int, mode: Literal["missing", "wp"] = "missing"
+        self, addr: int, length: int, mode: Literal["missing", "wp", "minor"] = "missing"
     ) -> None:
-        """Watch a range, which must be mapped; EBUSY if another userfaultfd watches part of it."""
+        """Watch a range, which must be mapped; EBUSY if another userfaultfd watches part of it.
+
+        "minor" is for files in memory: a fault on a page that the file has, but nobody has mapped
+        here, waits for `continue_`.
+        """
         first, last = self._range("register", addr, length)
         async with self.mm.write_locked:
             vmas = vmas_in(self.mm, first, last)
@@ -93,6 +102,10 @@ class UserFaultFd:
                     raise MmError(errno.EBUSY, f"uffd register({addr:#x}): {vma!r} is watched")
                 if _of_disk(vma) and not (mode == "wp" and self.async_wp):
                     raise MmError(errno.EINVAL, f"uffd register({addr:#x}): not for {vma!r}")
+                if mode == "minor" and (vma.file is None or vma.flags & f.VM_HUGETLB):
+                    raise MmError(
+                        errno.EINVAL, f"uffd register({addr:#x}): minor is for files, not {vma!r}"
+                    )
             for vma in vmas:
                 low, high = max(first, vma.first), min(last, vma.last)
                 flags = vma.flags | _MODES[mode]
@@ -118,7 +131,7 @@ class UserFaultFd:
                 low, high = max(first, vma.first), min(last, vma.last)
                 if vma.flags & f.VM_UFFD_WP:
                     await change_protection(self.mm, vma, low, high, uffd_wp=False)
-                flags = vma.flags & ~(f.VM_UFFD_MISSING | f.VM_UFFD_WP)
+                flags = vma.flags & ~f.VM_UFFD
                 merged = await modify(self.mm, vma, low, high, flags, uffd=None, keep_uffd=False)
                 self.mm.vma_start_write(merged)
                 merged.flags = flags | merged.flags & f.VM_MAYBE_GUARD
@@ -158,6 +171,40 @@ class UserFaultFd:
                 leaf = self.mm.pt.leaf_of(page)
                 leaf.pte[page & 511] = self.mm.machine.zero_entry | vma.prot
         self.wake(first, last)
+
+    def minor(self, vma: Vma, page: int) -> bool:
+        """Whether a fault on a page that is not mapped waits because its file has it."""
+        if not vma.flags & f.VM_UFFD_MINOR or vma.file is None:
+            return False
+        index = page - vma.first + vma.pgoff
+        return index in vma.file.pages or index in vma.file.swapped
+
+    async def continue_(self, addr: int, length: int) -> None:
+        """Map what a file has where it is not mapped (UFFDIO_CONTINUE).
+
+        ENOENT outside of mappings that are registered for minor faults, EEXIST for a page that is
+        mapped, EFAULT for one that the file does not have.
+        """
+        first, last = self._range("continue", addr, length)
+        async with self.mm.mmap_lock.reading():
+            for page in range(first, last):
+                await self._map(page)
+        self.wake(first, last)
+
+    async def _map(self, page: int) -> None:
+        mm, where = self.mm, f"{page << PAGE_SHIFT:#x}"
+        vma = find_vma(mm, page)
+        if vma is None or vma.uffd is not self or not vma.flags & f.VM_UFFD_MINOR:
+            raise MmError(errno.ENOENT, f"uffd continue: {where} is not registered for minor")
+        if not self.minor(vma, page):
+            raise MmError(errno.EFAULT, f"uffd continue: the file has no page for {where}")
+        assert vma.file is not None
+        frame, _ = await vma.file.page(page - vma.first + vma.pgoff)
+        if mm.pt.get(page):
+            raise MmError(errno.EEXIST, f"uffd continue: {where} is there")
+        writable = f.PTE_RW if vma.flags & f.VM_SHARED and vma.flags & f.VM_WRITE else 0
+        prot = (vma.prot | f.PTE_DIRTY | writable) & ~f.PTE_ACCESSED
+        map_file_page(mm, vma, mm.pt.leaf_of(page).pte, page, frame, prot)
 
     async def _destination(self, page: int) -> Vma:
         vma = find_vma(self.mm, page)

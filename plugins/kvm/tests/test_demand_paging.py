@@ -9,6 +9,10 @@ import anyio
 import pytest
 
 import mmunotify as mn
+from mmunotify.model import Machine
+from mmunotify.model.flags import MAP_SHARED, PROT_READ, PROT_WRITE
+from mmunotify_kvm.options import KvmOptions
+from mmunotify_kvm.vm import VirtualMachine
 
 if TYPE_CHECKING:
     from mmunotify_kvm.vcpu import VCpu
@@ -57,6 +61,49 @@ async def test_demand_paging(boot: Boot, overlapping: bool) -> None:
         # Each vCPU that misses a page before it is there asks for it, and nobody a second time.
         assert max(asked.values()) <= (VCPUS if overlapping else 1)
         assert vm.pages_4k == PAGES
+
+
+async def test_demand_paging_of_what_a_file_has_already() -> None:
+    """The same with minor faults: the supplier fills the file, then lets the page be mapped."""
+    async with Machine(frames=1 << 10, swap=1 << 10, contents=True) as machine:
+        mm = machine.new_mm("qemu")
+        file = machine.file(PAGES, fill=True)
+        size, protection = PAGES * PAGE, PROT_READ | PROT_WRITE
+        filler = await mm.mmap(size, protection, MAP_SHARED, file)
+        base = await mm.mmap(size, protection, MAP_SHARED, file)
+        uffd = await mm.userfaultfd()
+        await uffd.register(base, size, mode="minor")
+        send, receive = anyio.create_memory_object_stream[int](PAGES * VCPUS)
+        asked: Counter[int] = Counter()
+        uffd.on_event = lambda address, flags: send.send_nowait(address)
+        vm = VirtualMachine(KvmOptions(vcpus=VCPUS))
+        finished = 0
+
+        async def supply() -> None:
+            async for address in receive:
+                page = (address - base) // PAGE
+                await mm.write(filler + page * PAGE, bytes([100 + page]))
+                await uffd.continue_(address, PAGE)
+                asked[page] += 1
+
+        async def work(vcpu: VCpu) -> None:
+            nonlocal finished
+            for gfn in range(vcpu.id, PAGES, VCPUS):
+                assert await vcpu.load(gfn * PAGE) == bytes([100 + gfn])
+                await vcpu.store(gfn * PAGE + 8, bytes([vcpu.id]))
+            finished += 1
+            if finished == VCPUS:
+                send.close()
+
+        async with mm.attached(vm):
+            await vm.set_user_memory_region(0, 0, size, base, 0)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(supply)
+                for vcpu in vm.vcpus:
+                    tasks.start_soon(work, vcpu)
+            receive.close()
+            assert asked == dict.fromkeys(range(PAGES), 1)
+            assert vm.pages_4k == PAGES
 
 
 async def test_a_write_protected_page_is_written_when_it_is_let(boot: Boot) -> None:
