@@ -355,7 +355,9 @@ class Importer:
     def release(self, grant: Grant, now: float) -> Pending | None:
         """Give a permit back; the request, or None if there is none to give back."""
         grant.drop_all()
-        grant.dead = XpmemError(errno.EINVAL, f"the permit of {grant.segid:#x} is released")
+        grant.dead = BadAddress(
+            f"segment {grant.segid:#x}: the permit is released", address=grant.base << PAGE_SHIFT
+        )
         self._fail_faults(grant, grant.dead)
         source = grant.source
         if source is None:

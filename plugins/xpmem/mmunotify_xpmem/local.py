@@ -33,6 +33,7 @@ class LocalPermit:
         self.size: Final = segment.size
         self.ptes: Final[dict[int, Translation]] = {}
         """Translations by page number of the exporter's address space."""
+        self._released = False
 
     @property
     def held(self) -> Iterable[int]:
@@ -59,6 +60,11 @@ class LocalPermit:
             except BadAddress as error:
                 # As its fault handler: whatever is wrong over there is SIGBUS here.
                 raise bus_error(str(error.strerror), page << PAGE_SHIFT) from error
+            if self._released:
+                exporter.table.let_go_unheld(page, page + 1)
+                raise BadAddress(
+                    f"{page << PAGE_SHIFT:#x}: the permit is released", address=page << PAGE_SHIFT
+                )
             self.ptes[page] = found
             exporter.table.enter(page, page + 1, self)
             return found
@@ -94,7 +100,8 @@ class LocalPermit:
         self._leave([page for page in self.ptes if first <= page < last])
 
     async def release(self) -> None:
-        """Unmap everything."""
+        """Unmap everything; faults that are under way find nothing."""
+        self._released = True
         self._leave(list(self.ptes))
 
     def _leave(self, pages: list[int]) -> None:

@@ -266,6 +266,9 @@ class Partition(Xpmem):
             self.exporter.refuse(sharer, fault, "BUS", 2, page, str(error.strerror))
         except MmuNotifyError as error:
             self.exporter.refuse(sharer, fault, "BUS", 2, fault.first, str(error))
+        finally:
+            # It may have failed half way, or nobody wants the pages any more.
+            group.table.let_go_unheld(first, first + fault.need)
         self.flush()
 
     async def _store(self, todo: DoStore) -> None:

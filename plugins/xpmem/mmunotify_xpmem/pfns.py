@@ -232,6 +232,11 @@ class PfnTable:
                 if page in self.pins:
                     self.let_go((page,))
 
+    def let_go_unheld(self, first: int, last: int) -> None:
+        """Unpin those of [first, last) that nobody holds: they were looked up for nothing."""
+        if self.pins:
+            self.let_go([page for page in range(first, last) if page not in self.holders])
+
     def let_go(self, pages: Iterable[int]) -> None:
         """Unpin those of `pages` that are pinned."""
         assert self._unpin is not None

@@ -385,6 +385,7 @@ class ThreadGroup:
             found = await self._fault_in(page, write=write)
             if found is not None and segment.state is State.LIVING:
                 return found
+            table.let_go_unheld(page, page + 1)
             table.counters["retries"] += 1
             await anyio.lowlevel.checkpoint()
 

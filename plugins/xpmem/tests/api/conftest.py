@@ -88,14 +88,14 @@ SETTINGS = [
 
 
 @pytest.fixture(params=SETTINGS)
-def world(request: pytest.FixtureRequest) -> Callable[[], AbstractAsyncContextManager[World]]:
-    """Both answers of 2008, within a process and across, pinned and not."""
+def world(request: pytest.FixtureRequest) -> Callable[..., AbstractAsyncContextManager[World]]:
+    """Both answers of 2008, within a process and across, pinned and not; with `frames` frames."""
     locks: type[LockModel]
     locks, across, pin = request.param
 
     @asynccontextmanager
-    async def made() -> AsyncIterator[World]:
-        machine = Machine(frames=1 << 14, swap=1 << 10, locks=locks, contents=True)
+    async def made(frames: int = 1 << 14) -> AsyncIterator[World]:
+        machine = Machine(frames=frames, swap=1 << 10, locks=locks, contents=True)
         async with machine, AsyncExitStack() as stack:
             yield World(machine, stack, across, pin)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
-    World = Callable[[], AbstractAsyncContextManager[Any]]
+    World = Callable[..., AbstractAsyncContextManager[Any]]
 
 PAGE = 4096
 PEERS_AND_PAGES = [
@@ -157,7 +157,7 @@ async def test_simple_one_to_many_sparse(world: World, peers: int, pages: int) -
 @many
 async def test_parallel_many_to_one(world: World, peers: int, pages: int) -> None:
     """One reads the segments of many at the same time."""
-    async with world() as w:
+    async with world(frames=1 << 14 if peers * pages < 1 << 13 else 2 * peers * pages) as w:
         exporters = [await w.exporter(pages=pages) for _ in range(peers)]
         reader = await w.open()
         results: dict[int, list[int]] = {}
