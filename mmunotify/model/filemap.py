@@ -13,7 +13,7 @@ import errno
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmunotify.errors import MmError
-from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event
+from mmunotify.ranges import PAGE_SHIFT, PAGE_SIZE, Event, Range
 
 from . import flags as f
 from . import frames as fr
@@ -358,16 +358,78 @@ class File:
         if self.kind == "memfd":
             return
         end = last if last is not None else 1 << 52
-        dirty = [i for i, frame in self.pages.items() if first <= i < end and self._dirty(frame)]
-        for index in sorted(dirty):
+        words, pages = self.machine.frames.word, self.pages
+        dirty = [
+            index
+            for index, frame in pages.items()
+            if words[frame] & fr.PG_DIRTY and first <= index < end
+        ]
+        dirty.sort()
+        at = 0
+        while at < len(dirty):
+            done = self._clean_alike(dirty, at)
+            at += done
+            if done:
+                continue
+            index = dirty[at]
+            at += 1
             folio = self.folio(index)
-            if index in self.pages and self._dirty(self.pages[index]):
+            if index in pages and words[pages[index]] & fr.PG_DIRTY:
                 await self._mkclean(folio)
             for page in folio:
-                if page in self.pages:
+                if page in pages:
                     self._write_page(page)
         if dirty:
             self.machine.lru.drain()
+
+    def _clean_alike(self, dirty: list[int], at: int) -> int:
+        """`_mkclean` and write as many pages from dirty[at] on as can be done in one step.
+
+        How many that were. For what writeback mostly meets: pages that are no part of a folio, of a
+        file with one mapping, whose drivers, if any, can be told in one step. The reverse-map lock
+        is taken once for all of them.
+        """
+        machine, vmas = self.machine, self.i_mmap.vmas
+        if len(vmas) != 1 or machine.era == "v16":
+            return 0
+        vma = vmas[0]
+        if not vma.flags & f.VM_SHARED or not self.i_mmap_lock.down_read_trylock():
+            return 0
+        mm = vma.mm
+        notifiers, leaves = mm.notifiers, mm.pt.leaves
+        words, pages, folios = machine.frames.word, self.pages, self.folios
+        shift = vma.first - vma.pgoff
+        first = at
+        try:
+            while at < len(dirty):
+                index = dirty[at]
+                frame = pages.get(index, -1)
+                if index in folios or frame < 0 or not notifiers.plain:
+                    break
+                at += 1
+                page = index + shift
+                word = words[frame]
+                if word & fr.PG_DIRTY and word & fr.MAP_MASK and vma.first <= page < vma.last:
+                    rng = told = None
+                    if notifiers.armed:
+                        start = page << PAGE_SHIFT
+                        rng = Range(start, start + PAGE_SIZE, Event.PROTECTION_PAGE)
+                        mm.announced.append(rng)
+                        told = notifiers.invalidate_range_start_atomic(rng)
+                    leaf = leaves.get(page >> 9)
+                    if leaf is not None:
+                        entry = leaf.pte[page & 511]
+                        mapped = entry & _MAPPING == frame << PAGE_SHIFT | f.PTE_PRESENT
+                        if mapped and entry & (f.PTE_DIRTY | f.PTE_RW):
+                            leaf.pte[page & 511] = entry & ~(f.PTE_DIRTY | f.PTE_RW)
+                            if mm.tlb is not None:
+                                mm.tlb.flush(page, page + 1)
+                    if rng is not None and told is not None:
+                        notifiers.invalidate_range_end_atomic(rng, told)
+                self._write_page(index)
+        finally:
+            self.i_mmap_lock.up_read()
+        return at - first
 
     async def _mkclean(self, folio: range) -> None:
         """Write-protect a mapped folio in every shared mapping of the file; one announcement each.
@@ -458,6 +520,15 @@ class File:
                 frames.word[frame] |= fr.PG_LARGE
             self.machine.mark_accessed(frame)
             at += high - low
+
+    def rewrite(self, index: int) -> bool:
+        """A cached page is written to as it is: it is dirty, and was used. False if it is none."""
+        frame = self.pages.get(index)
+        if frame is None:
+            return False
+        self.machine.frames.word[frame] |= fr.PG_DIRTY
+        self.machine.mark_accessed(frame)
+        return True
 
     def _large_folios(self, offset: int, length: int) -> dict[int, range]:
         """The absent pages that a write of whole pages brings in as folios of several."""

@@ -339,15 +339,22 @@ class Calls:
 
     async def _write_back(self, task: Task, known: Iterable[File]) -> None:
         files = dict.fromkeys(known)
+        own = task.space.mm if task.space is not None else None
+        vma: Vma | None = None
         for start, end in task.kernel:
             for address in range(start, end, PAGE_SIZE):
-                vma = self._mapped(task, address)
+                page = address >> PAGE_SHIFT
+                # A run of pages is mostly in one mapping, and the task's own comes first.
+                if vma is None or vma.mm is not own or not vma.first <= page < vma.last:
+                    vma = self._mapped(task, address)
                 if vma is None or vma.file is None:
                     continue
                 files[vma.file] = None
-                index = (address >> PAGE_SHIFT) - vma.first + vma.pgoff
-                await vma.mm.access(address)
-                await vma.file.pwrite(index << PAGE_SHIFT, b"\0")
+                if not vma.mm.access_nowait(address):
+                    await vma.mm.access(address)
+                index = page - vma.first + vma.pgoff
+                if not vma.file.rewrite(index):
+                    await vma.file.pwrite(index << PAGE_SHIFT, b"\0")
                 self.inferred += 1
         for file in files:
             await self._machine.fsync(file)
