@@ -78,14 +78,20 @@ def at(places: Places) -> str:
 
 
 def await_frames(awaited: Any) -> Iterator[FrameType]:
-    """The frames of a suspended coroutine and of what it awaits, outermost first."""
+    """The frames of a suspended coroutine and of what it awaits, outermost first.
+
+    Of one that is running only its own: what it awaits is being resumed by throw() or close(), and
+    to ask that for what it awaits crashes CPython 3.11 and 3.12, which look for it on its stack.
+    """
     while awaited is not None:
         if hasattr(awaited, "cr_await"):
-            frame, awaited = awaited.cr_frame, awaited.cr_await
+            frame = awaited.cr_frame
+            awaited = None if awaited.cr_running else awaited.cr_await
         elif hasattr(awaited, "ag_await"):
             frame, awaited = awaited.ag_frame, awaited.ag_await
         elif hasattr(awaited, "gi_yieldfrom"):
-            frame, awaited = awaited.gi_frame, awaited.gi_yieldfrom
+            frame = awaited.gi_frame
+            awaited = None if awaited.gi_running else awaited.gi_yieldfrom
         elif type(awaited).__name__ in ("async_generator_asend", "async_generator_athrow"):
             # The generator behind these two is not exposed, but the garbage collector knows it.
             referents = gc.get_referents(awaited)
