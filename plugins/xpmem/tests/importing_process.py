@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from mmunotify_xpmem import RDWR, ExporterGone, FencedError, Partition, StreamEngine
+from mmunotify_xpmem import RDWR, FencedError, Partition, StreamEngine
 from mmunotify_xpmem.importer import Importer
 
 if TYPE_CHECKING:
@@ -37,12 +37,8 @@ def stale(what: str) -> None:
     os._exit(STALE)
 
 
-async def look(
-    attachment: Attachment, published: memoryview, dice: random.Random, pages: int
-) -> None:
+async def look(attachment: Attachment, published: memoryview, first: int, count: int) -> None:
     """Read some pages: each is of one version, and of none that is older than was due before."""
-    first = dice.randrange(pages)
-    count = 1 if dice.random() < 0.8 else dice.randint(1, pages - first)
     due = published[first : first + count].tolist()
     data = await attachment.read(first * PAGE, count * PAGE)
     for page, (wanted, words) in enumerate(zip(due, WORDS.iter_unpack(data), strict=True), first):
@@ -64,19 +60,26 @@ async def store(attachment: Attachment, at: int, number: int) -> None:
 async def main(address: str, segid: int, oracle: str, pages: int, slot: int) -> None:
     published = opened(oracle)
     dice = random.Random(os.getpid())
-    async with Partition(StreamEngine(connect=[address]), patience=20.0) as xpmem:
+
+    async def watch(page: int) -> None:
+        """Most reads are hits: let invalidations in."""
+        while True:
+            await look(attachment, published, page, 1)
+            published[pages + slot] += 1
+            await anyio.sleep(dice.uniform(0.01, 0.1))
+
+    async with Partition(StreamEngine(connect=[address]), patience=300.0) as xpmem:
         group = await xpmem.open()
         attachment = group.attach(await group.get(segid, RDWR))
-        for number in range(1 << 62):
-            try:
-                if number % 16 == 15:
-                    await store(attachment, (pages + slot) * PAGE, number)
-                await look(attachment, published, dice, pages)
-            except ExporterGone:
-                return
-            published[pages + slot] += 1
-            # Most reads are hits: let invalidations in.
-            await anyio.sleep(0.0005)
+        async with anyio.create_task_group() as tasks:
+            # One for each page: who has to wait for a page does not keep others from theirs.
+            for page in range(pages):
+                tasks.start_soon(watch, page)
+            for number in range(1 << 62):
+                await store(attachment, (pages + slot) * PAGE, number)
+                first = dice.randrange(pages)
+                await look(attachment, published, first, dice.randint(1, pages - first))
+                await anyio.sleep(dice.uniform(0.02, 0.1))
 
 
 class Deaf(Importer):
