@@ -14,6 +14,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .segments import Credentials
     from .wire import Buffer
 
@@ -48,9 +50,17 @@ class Events(Protocol):
     """What an engine tells its user. Plain functions: they return at once and do not raise."""
 
     def received(self, sender: Sender, frame: memoryview) -> None:
-        """A frame for one of the subscribed subjects; `frame` is good until this returns.
+        """A frame for one of the subscribed subjects; `frame` is good until this returns, and
+        longer where it is in what `room` has returned.
 
         Raises BadMessage if it is not one of the protocol's, which costs the sender its link.
+        """
+        ...
+
+    def room(self, size: int) -> memoryview:
+        """Memory for a frame of `size` bytes that is arriving, where an engine can make use of it.
+
+        It is the user's own again when the frame has been `received`, or lost.
         """
         ...
 
@@ -86,6 +96,14 @@ class Engine(Protocol):
         """Send one frame: header and body. Never suspends; may lose it.
 
         `body` must not change afterwards. False is a hint that nobody listens there.
+        """
+        ...
+
+    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
+        """Receive what comes from there, in the task of who waits for it, until `done()`.
+
+        That saves waking a task for it. It may return before, and at once where the engine cannot
+        or another task does it already: the caller has to be able to wait without.
         """
         ...
 

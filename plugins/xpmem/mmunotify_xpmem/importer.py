@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 INFINITY: Final = float("inf")
 _BATCH: Final = MAX_PAGES * PAGE_SIZE
+_ROOM: Final = _BATCH + 256
+"""Bytes of a frame with that many pages, and more."""
 _FREE: Final = 64
 RATE_ERROR: Final = 0.01
 """By how much two clocks may differ in rate: a lease ends that much earlier here."""
@@ -129,7 +131,7 @@ class Batch:
 
     __slots__ = ("count", "data", "first", "live")
 
-    def __init__(self, first: int, count: int, data: bytes | bytearray) -> None:
+    def __init__(self, first: int, count: int, data: Buffer) -> None:
         self.first = first
         self.count = count
         self.data = data
@@ -138,23 +140,44 @@ class Batch:
 
 
 class Buffers:
-    """Memory of batches, used again: fresh memory costs more than copying into it."""
+    """Memory that batches of pages are received into, and stay in while they are here.
+
+    It is used again: fresh memory costs more than copying into it.
+    """
 
     def __init__(self) -> None:
         self._free: Final[list[bytearray]] = []
+        self._lent: Final[dict[int, bytearray]] = {}
+        """By identity: what messages are received into that have not been handled yet."""
 
-    def copy_of(self, body: Buffer) -> bytearray:
-        """A buffer that holds a copy of `body`, and no more."""
-        if len(body) == _BATCH and self._free:
-            buffer = self._free.pop()
-            buffer[:] = body
-            return buffer
-        return bytearray(body)
+    def lend(self, size: int) -> memoryview:
+        """Memory for a frame of `size` bytes."""
+        if _BATCH < size <= _ROOM:
+            buffer = self._free.pop() if self._free else bytearray(_ROOM)
+        else:
+            buffer = bytearray(size)
+        self._lent[id(buffer)] = buffer
+        return memoryview(buffer)[:size]
 
-    def take_back(self, data: bytes | bytearray) -> None:
+    def keep(self, body: Buffer) -> Buffer:
+        """What has the bytes of `body` from now on: what it was received into, or a copy."""
+        if isinstance(body, memoryview) and self._lent.pop(id(body.obj), None) is not None:
+            return body
+        return bytes(body)
+
+    def handled(self, frame: memoryview) -> None:
+        """A frame was handled: where it is is free again, unless it was kept."""
+        if self._lent:
+            self._take(self._lent.pop(id(frame.obj), None))
+
+    def take_back(self, data: Buffer) -> None:
         """Nobody looks at it any more."""
-        if isinstance(data, bytearray) and len(data) == _BATCH and len(self._free) < _FREE:
-            self._free.append(data)
+        if isinstance(data, memoryview):
+            self._take(data.obj)
+
+    def _take(self, buffer: object) -> None:
+        if isinstance(buffer, bytearray) and len(buffer) == _ROOM and len(self._free) < _FREE:
+            self._free.append(buffer)
 
 
 @attrs.define(slots=True, eq=False, repr=False)
@@ -191,7 +214,7 @@ class Grant:
     def install(self, first: int, body: Buffer) -> None:
         """Have pages from `first` on, as many as `body` holds."""
         count = len(body) >> PAGE_SHIFT
-        batch = Batch(first, count, self.buffers.copy_of(body) if count > 1 else bytes(body))
+        batch = Batch(first, count, self.buffers.keep(body))
         pages = range(first, first + count)
         cache = self.cache
         if not cache.keys().isdisjoint(pages):
@@ -281,7 +304,7 @@ class Importer:
         """Answers to what was not asked, or not by this life."""
         self._new_id = new_id
         self._fid = 0
-        self._buffers = Buffers()
+        self.buffers: Final = Buffers()
         self._stopped_after = 4 * resend
         self._pending: Final[dict[Pending, None]] = {}
         self._by_rid: Final[dict[bytes, Pending]] = {}
@@ -290,7 +313,7 @@ class Importer:
 
     def get(self, segid: int, *, write: bool, now: float) -> Grant:
         """Ask for a permit; `Grant.getting` is the request."""
-        grant = Grant(segid, write, buffers=self._buffers)
+        grant = Grant(segid, write, buffers=self.buffers)
         self._get(grant, now)
         return grant
 

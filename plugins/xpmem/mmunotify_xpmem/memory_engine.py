@@ -16,6 +16,8 @@ from .segments import Credentials
 from .wire import BadMessage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .engine import Events, Sender
     from .wire import Buffer
 
@@ -130,6 +132,9 @@ class MemoryEngine:
         else:
             receiver._arrive(carried)
         return True
+
+    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
+        """What arrives is carried by `run`, for all."""
 
     def _arrive(self, carried: Carried) -> None:
         self._inbox.append(carried)

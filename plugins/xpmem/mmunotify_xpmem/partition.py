@@ -171,7 +171,12 @@ class Partition(Xpmem):
             self.log.emit(events.FRAME_REFUSED, peer=str(sender), reason=str(error))
             raise
         finally:
+            self.importer.buffers.handled(frame)
             self.flush()
+
+    def room(self, size: int) -> memoryview:
+        """Pages stay where they were received."""
+        return self.importer.buffers.lend(size)
 
     def lost(self) -> None:
         """Messages may have been lost."""
@@ -412,6 +417,8 @@ class Partition(Xpmem):
     async def answered(self, pending: Pending) -> None:
         """Return when a request is answered; raise what it was answered with."""
         self.flush()
+        if not pending.done:
+            await self.engine.pump(address_of(pending.part, pending.inc), lambda: pending.done)
         if not pending.done:
             event = anyio.Event()
             pending.waiters.append(event.set)

@@ -6,6 +6,11 @@ by the caller: nothing but `anyio.wait_readable` stands between the protocol and
 costs a fraction of a stream. Short frames overtake long ones that wait, so that an invalidation is
 not behind pages.
 
+One task reads all links: it waits for an epoll that has them all, so that answers of many cost one
+turn of the event loop. And whoever waits for an answer reads its link meanwhile (`pump`), which
+costs no turn at all; the epoll leaves that link out as long. Where there is no epoll, each link has
+a task that reads it.
+
 Who is at the other end of a Unix socket, the kernel says. TCP listens and connects on loopback
 only, where nobody says it: permits of others apply, and a silent peer cannot be killed.
 """
@@ -15,6 +20,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import select
 import socket
 import stat
 import struct
@@ -31,7 +37,7 @@ from .processes import ProcessSender
 from .wire import MAX_MESSAGE, BadMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from .engine import Events
     from .wire import Buffer
@@ -45,6 +51,10 @@ _MAX_SUBJECTS: Final = 64
 _QUEUE: Final = 64 << 20
 _BURST: Final = 32
 """Full reads in a row after which others run."""
+_BUFFER: Final = 16 << 10
+"""Bytes of a link's buffer. A frame that is longer than that is received where its user says."""
+_READY: Final = 64
+"""Links that are read in one turn."""
 _BACKLOG: Final = 128
 _SOCKET_BUFFER: Final = 1 << 20
 """Bytes, as far as the system permits: a batch of pages fits."""
@@ -104,14 +114,30 @@ class Address:
 class Link:
     """One socket to one other partition."""
 
-    def __init__(self, engine: StreamEngine, sock: socket.socket, sender: ProcessSender) -> None:
+    def __init__(
+        self, engine: StreamEngine, events: Events, sock: socket.socket, sender: ProcessSender
+    ) -> None:
         self.engine: Final = engine
+        self.events: Final = events
         self.sock: Final = sock
         self.sender: Final = sender
         self.subjects: Final[dict[bytes, int]] = {}
         """What the other end subscribes to, and its number for it."""
         self.broken = False
-        self.greeted = False
+        self.over: Final = anyio.Event()
+        """Nothing will be received any more."""
+        self.error: BadMessage | None = None
+        """Why not, if it is the other end's fault."""
+        self.pumped = False
+        """Somebody who waits for an answer reads it."""
+        self._greeted = False
+        self._buffer: Final = memoryview(bytearray(_BUFFER))
+        self._end = 0
+        """The beginning of a frame is here, up to there."""
+        self._long: memoryview | None = None
+        """A frame that the buffer is too short for; `_filled` bytes of it have arrived."""
+        self._filled = 0
+        self._number = 0
         self._rest: memoryview | None = None
         self._express: Final[deque[tuple[bytes, Buffer]]] = deque()
         self._bulk: Final[deque[tuple[bytes, Buffer]]] = deque()
@@ -181,64 +207,94 @@ class Link:
             with suppress(OSError):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        """Close the socket, unless somebody pumps it: then he does, who finds its end."""
+        self.shut()
+        if not self.pumped:
+            self.sock.close()
+
     # ------------------------------------------------------------------ in
 
-    async def read(self, events: Events, own: dict[int, bytes]) -> None:
-        """Take frames apart until the end; raises BadMessage for what is none."""
-        buffer = bytearray(MAX_MESSAGE + (64 << 10))
-        view = memoryview(buffer)
-        sock = self.sock
-        received = events.received
-        sender = self.sender
-        unpack, header = _HEADER.unpack_from, _HEADER.size
-        start = end = burst = 0
-        wanted = header
-        while True:
-            room = len(buffer) - end
-            try:
-                got = sock.recv_into(view[end:])
-            except BlockingIOError:
-                await anyio.wait_readable(sock)
-                continue
-            if not got:
-                return
-            end += got
-            if not self.greeted:
-                if end - start < len(_MAGIC) and _MAGIC.startswith(buffer[start:end]):
-                    continue
-                if buffer[start : start + len(_MAGIC)] != _MAGIC:
-                    raise BadMessage("a greeting of another protocol")
-                start += len(_MAGIC)
-                self.greeted = True
-            while end - start >= header:
-                length, number = unpack(buffer, start)
-                if length > MAX_MESSAGE:
-                    raise BadMessage(f"a frame of {length} bytes: expected up to {MAX_MESSAGE}")
-                at = start + header
-                if end - at < length:
-                    wanted = header + length
-                    break
-                wanted = header
-                start = at + length
-                if number in own:
-                    received(sender, view[at:start])
-                elif number == _CONTROL:
-                    self._subscribed(bytes(view[at:start]))
-                else:
-                    raise BadMessage(f"a frame for subscription {number}, which there is not")
-            if start == end:
-                start = end = 0
-            elif len(buffer) - start < wanted:
-                view[: end - start] = bytes(view[start:end])
-                start, end = 0, end - start
-            if got < room:
-                burst = 0
-                await anyio.wait_readable(sock)
+    async def read(self) -> None:
+        """Receive until the link is over."""
+        while not self.over.is_set():
+            await anyio.wait_readable(self.sock)
+            self.receive()
+
+    def receive(self) -> None:
+        """Take what has arrived, and hand its frames on. The link may be over then."""
+        try:
+            for _ in range(_BURST):
+                if not (self._receive() if self._long is None else self._receive_long()):
+                    return
+        except BlockingIOError:
+            return
+        except (EOFError, OSError):
+            self.over.set()
+        except BadMessage as error:
+            self.error = error
+            self.over.set()
+
+    def _receive(self) -> bool:
+        """Receive into the buffer; whether there may be more."""
+        buffer, end = self._buffer, self._end
+        got = self.sock.recv_into(buffer[end:] if end else buffer)
+        if not got:
+            raise EOFError
+        end += got
+        start = 0
+        if not self._greeted:
+            if end < len(_MAGIC) and _MAGIC.startswith(bytes(buffer[:end])):
+                self._end = end
+                return False
+            if bytes(buffer[: len(_MAGIC)]) != _MAGIC:
+                raise BadMessage("a greeting of another protocol")
+            self._greeted = True
+            start = len(_MAGIC)
+        own, received, sender = self.engine.own, self.events.received, self.sender
+        full = end == _BUFFER
+        while end - start >= _HEADER.size:
+            length, number = _HEADER.unpack_from(buffer, start)
+            at = start + _HEADER.size
+            if end - at < length:
+                if _HEADER.size + length > _BUFFER:
+                    self._begin_long(length, number, buffer[at:end])
+                    return True
+                break
+            start = at + length
+            if number in own:
+                received(sender, buffer[at:start])
+            elif number == _CONTROL:
+                self._subscribed(bytes(buffer[at:start]))
             else:
-                burst += 1
-                if burst == _BURST:
-                    burst = 0
-                    await anyio.lowlevel.checkpoint()
+                raise BadMessage(f"a frame for subscription {number}, which there is not")
+        if start and start < end:
+            buffer[: end - start] = bytes(buffer[start:end])
+        self._end = end - start
+        return full
+
+    def _begin_long(self, length: int, number: int, here: memoryview) -> None:
+        if length > MAX_MESSAGE:
+            raise BadMessage(f"a frame of {length} bytes: expected up to {MAX_MESSAGE}")
+        if number not in self.engine.own:
+            raise BadMessage(f"a frame of {length} bytes for subscription {number}")
+        self._long = self.events.room(length)
+        self._long[: len(here)] = here
+        self._filled, self._number, self._end = len(here), number, 0
+
+    def _receive_long(self) -> bool:
+        """Receive more of a long frame; whether there may be more."""
+        frame = self._long
+        assert frame is not None
+        got = self.sock.recv_into(frame[self._filled :])
+        if not got:
+            raise EOFError
+        self._filled += got
+        if self._filled < len(frame):
+            return False
+        self._long = None
+        self.events.received(self.sender, frame)
+        return True
 
     def _subscribed(self, payload: bytes) -> None:
         if not 4 < len(payload) <= 4 + _MAX_SUBJECT or len(self.subjects) >= _MAX_SUBJECTS:
@@ -276,7 +332,10 @@ class StreamEngine:
         """Links that were closed because of what came over them, or from whom."""
         self.log: Final = Log(logger)
         self._routes: Final[dict[bytes, list[tuple[Link, int]]]] = {}
-        self._own: Final[dict[int, bytes]] = {}
+        self.own: Final[dict[int, bytes]] = {}
+        """What this end subscribes to, by number."""
+        self._watched: Final[dict[int, Link]] = {}
+        self._epoll: select.epoll | None = None
         self._events: Events | None = None
         self._listener: socket.socket | None = None
         self._first: list[tuple[Address, socket.socket]] = []
@@ -287,6 +346,8 @@ class StreamEngine:
         """Listen, and connect to every address once. Raises OSError that names the address."""
         self._events = events
         try:
+            if hasattr(select, "epoll"):
+                self._epoll = select.epoll()
             if self.listen is not None:
                 self._listener = await self._listening(self.listen)
                 if self.listen.path is None:
@@ -321,10 +382,24 @@ class StreamEngine:
             for address, sock in self._first:
                 tasks.start_soon(self._keep_connected, address, sock)
             self._first = []
+            if self._epoll is not None:
+                tasks.start_soon(self._read, self._epoll)
             if self._listener is not None:
                 await self._accept(tasks, self._listener)
             else:
                 await anyio.sleep_forever()
+
+    async def _read(self, epoll: select.epoll) -> None:
+        """Read all links but those that are pumped."""
+        number = epoll.fileno()
+        while True:
+            await anyio.wait_readable(number)
+            for fd, _ in epoll.poll(0, _READY):
+                link = self._watched.get(fd)
+                if link is not None and not link.pumped:
+                    link.receive()
+                    if link.over.is_set():
+                        self._unwatch(link)
 
     async def aclose(self) -> None:
         """Close everything. Never suspends."""
@@ -338,7 +413,10 @@ class StreamEngine:
                 with suppress(FileNotFoundError):
                     os.unlink(self.listen.path)
         for link in list(self.links):
-            link.sock.close()
+            link.close()
+        if self._epoll is not None:
+            self._epoll.close()
+            self._epoll = None
 
     async def _accept(self, tasks: anyio.abc.TaskGroup, listener: socket.socket) -> None:
         while True:
@@ -376,40 +454,52 @@ class StreamEngine:
             sock.setsockopt(socket.SOL_SOCKET, size, _SOCKET_BUFFER)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with sock:
-            sender = ProcessSender.of(sock)
-            uid = sender.credentials.uid
-            if sock.family == socket.AF_UNIX and uid not in self.uids:
-                self._refuse(sender, f"user {uid} may not connect: expected {sorted(self.uids)}")
-                return
-            link = Link(self, sock, sender)
-            self.links.append(link)
-            self.log.emit(log_events.LINK, peer=str(sender), state="up")
-            try:
-                link._transmit(_MAGIC, b"")
-                for number, subject in self._own.items():
-                    link.send(_CONTROL, number.to_bytes(4, "little") + subject)
-                async with anyio.create_task_group() as tasks:
-                    tasks.start_soon(_quietly, link.write)
-                    await _quietly(link.read, events, self._own)
-                    tasks.cancel_scope.cancel()
-            except BadMessage as error:
-                self._refuse(sender, str(error))
-            except BaseExceptionGroup as group:
-                bad, rest = group.split(BadMessage)
-                if bad is not None:
-                    self._refuse(sender, str(bad.exceptions[0]))
-                if rest is not None:
-                    raise rest from None
-            finally:
-                link.broken = True
-                self.links.remove(link)
-                for routes in self._routes.values():
-                    routes[:] = [route for route in routes if route[0] is not link]
-                for subject in [name for name, routes in self._routes.items() if not routes]:
-                    del self._routes[subject]
-                self.log.emit(log_events.LINK, peer=str(sender), state="lost")
-                events.gone(sender)
+        sender = ProcessSender.of(sock)
+        uid = sender.credentials.uid
+        if sock.family == socket.AF_UNIX and uid not in self.uids:
+            sock.close()
+            self._refuse(sender, f"user {uid} may not connect: expected {sorted(self.uids)}")
+            return
+        link = Link(self, events, sock, sender)
+        self.links.append(link)
+        self.log.emit(log_events.LINK, peer=str(sender), state="up")
+        try:
+            link._transmit(_MAGIC, b"")
+            for number, subject in self.own.items():
+                link.send(_CONTROL, number.to_bytes(4, "little") + subject)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_quietly, link.write)
+                if self._epoll is None:
+                    await _quietly(link.read)
+                else:
+                    self._watch(link)
+                    await link.over.wait()
+                tasks.cancel_scope.cancel()
+            if link.error is not None:
+                self._refuse(sender, str(link.error))
+        finally:
+            self._unwatch(link)
+            link.close()
+            self.links.remove(link)
+            for routes in self._routes.values():
+                routes[:] = [route for route in routes if route[0] is not link]
+            for subject in [name for name, routes in self._routes.items() if not routes]:
+                del self._routes[subject]
+            self.log.emit(log_events.LINK, peer=str(sender), state="lost")
+            events.gone(sender)
+
+    def _watch(self, link: Link) -> None:
+        fd = link.sock.fileno()
+        self._watched[fd] = link
+        assert self._epoll is not None
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, link: Link) -> None:
+        fd = link.sock.fileno()
+        if self._watched.get(fd) is link:
+            del self._watched[fd]
+            if self._epoll is not None:
+                self._epoll.unregister(fd)
 
     def _refuse(self, sender: ProcessSender, reason: str) -> None:
         self.refused += 1
@@ -419,8 +509,8 @@ class StreamEngine:
 
     def subscribe(self, subject: bytes) -> None:
         """Have frames for `subject` given to `received`."""
-        number = len(self._own) + 1
-        self._own[number] = subject
+        number = len(self.own) + 1
+        self.own[number] = subject
         for link in self.links:
             link.send(_CONTROL, number.to_bytes(4, "little") + subject)
 
@@ -448,6 +538,33 @@ class StreamEngine:
         link, number = routes[0]
         link.send(number, header, body)
         return True
+
+    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
+        """Read the link to `subject` until `done()`, if nobody else does."""
+        routes = self._routes.get(subject)
+        epoll = self._epoll
+        if not routes or epoll is None:
+            return
+        link = routes[0][0]
+        if link.pumped or link.broken or link.over.is_set():
+            return
+        sock = link.sock
+        fd = sock.fileno()
+        link.pumped = True
+        epoll.modify(fd, 0)
+        try:
+            while not (done() or link.broken):
+                await anyio.wait_readable(sock)
+                link.receive()
+                if link.over.is_set():
+                    self._unwatch(link)
+                    return
+        finally:
+            link.pumped = False
+            if link not in self.links:
+                sock.close()
+            elif self._watched.get(fd) is link:
+                epoll.modify(fd, select.EPOLLIN)
 
 
 async def _quietly(function: Any, *args: Any) -> None:

@@ -53,6 +53,9 @@ class User:
             raise BadMessage("as it says")
         self.frames.append(bytes(frame))
 
+    def room(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
     def lost(self) -> None:
         self.lost_count += 1
 

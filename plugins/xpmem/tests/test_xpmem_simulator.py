@@ -95,6 +95,9 @@ class Node:
             self.importer.receive(message, body, self.sim.now)
         self.flush()
 
+    def room(self, size: int) -> memoryview:
+        return self.importer.buffers.lend(size)
+
     def lost(self) -> None: ...
 
     def gone(self, sender: Sender) -> None: ...
