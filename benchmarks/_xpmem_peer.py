@@ -1,9 +1,9 @@
 """The other process of the XPMEM benchmarks: `python -m benchmarks._xpmem_peer BACKEND ROLE …`.
 
-raw PATH REQUEST REPLY      answers each REQUEST bytes with REPLY bytes, without any protocol
-stream PATH CHUNK COUNT     answers each byte with COUNT chunks
-exporter PATH PAGES         exports that many pages
-importer PATH SEGID         faults the first page in whenever a byte comes on standard input
+raw PATH REQUEST REPLY CHUNK    answers each REQUEST bytes with REPLY bytes, CHUNK at a time
+exporter PATH PAGES             exports that many pages
+importer PATH SEGID SIZE        reads that many bytes whenever a byte comes on standard input
+busy PATH SEGID SIZE            reads from one page after the other of that many bytes
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 
+from mmunotify import BadAddress
 from mmunotify_xpmem import RDONLY, FileSpace, Partition, StreamEngine
 
 PAGE = 4096
@@ -42,16 +45,16 @@ async def send(sock: socket.socket, view: memoryview) -> None:
             await anyio.wait_writable(sock)
 
 
-async def answer(sock: socket.socket, request: int, reply: int, times: int) -> None:
-    asked, answered = memoryview(bytearray(request)), memoryview(bytes(reply))
+async def answer(sock: socket.socket, request: int, reply: int, chunk: int) -> None:
+    asked, memory = memoryview(bytearray(request)), memoryview(bytearray(os.urandom(reply)))
     while True:
         await anyio.wait_readable(sock)
         await receive(sock, asked)
-        for _ in range(times):
-            await send(sock, answered)
+        for at in range(0, reply, chunk):
+            await send(sock, memory[at : at + chunk])
 
 
-async def raw(path: str, request: int, reply: int, times: int = 1) -> None:
+async def raw(path: str, request: int, reply: int, chunk: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -60,7 +63,7 @@ async def raw(path: str, request: int, reply: int, times: int = 1) -> None:
         with sock:
             sock.setblocking(False)
             try:
-                await answer(sock, request, reply, times)
+                await answer(sock, request, reply, chunk)
             except (EOFError, ConnectionError):
                 return
 
@@ -73,32 +76,38 @@ async def exporter(path: str, pages: int) -> None:
         await anyio.wait_readable(sys.stdin)
 
 
-async def importer(path: str, segid: int) -> None:
+async def importer(path: str, segid: int, size: int) -> None:
     async with Partition(StreamEngine(connect=[f"unix:{path}"])) as partition:
         group = await partition.open()
         attachment = group.attach(await group.get(segid, RDONLY))
         while True:
-            await attachment.read(0, 1)
+            await attachment.read(0, size)
             print("faulted", flush=True)
             await anyio.wait_readable(sys.stdin)
             if not os.read(0, 1):
                 return
 
 
+async def busy(path: str, segid: int, size: int) -> None:
+    async with Partition(StreamEngine(connect=[f"unix:{path}"])) as partition:
+        group = await partition.open()
+        attachment = group.attach(await group.get(segid, RDONLY))
+        await attachment.read(0, size)
+        print("faulted", flush=True)
+        with suppress(BadAddress):  # until it is removed
+            while True:
+                for at in range(0, size, PAGE):
+                    await attachment.read(at, 8)
+                await anyio.lowlevel.checkpoint()
+
+
+ROLES: dict[str, Any] = {"raw": raw, "exporter": exporter, "importer": importer, "busy": busy}
+
+
 def main() -> None:
     backend, role, path, *numbers = sys.argv[1:]
     arguments: list[Any] = [int(number) for number in numbers]
-    match role:
-        case "raw":
-            request, reply = arguments
-            anyio.run(raw, path, request, reply, backend=backend)
-        case "stream":
-            chunk, count = arguments
-            anyio.run(raw, path, 1, chunk, count, backend=backend)
-        case "exporter":
-            anyio.run(exporter, path, arguments[0], backend=backend)
-        case _:
-            anyio.run(importer, path, arguments[0], backend=backend)
+    anyio.run(ROLES[role], path, *arguments, backend=backend)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,15 @@
 """The XPMEM plugin between processes, against the same bytes over bare sockets. On one CPU.
 
-The bare side uses non-blocking sockets with `anyio.wait_readable` on the same kind of event loop,
-and knows no protocol: what is left is what ours costs.
+The bare side is what one would write at first for the same bytes: `anyio.wait_readable` and
+`recv_into` for each message, then `send`, over non-blocking Unix sockets on the same kind of event
+loop. It knows no protocol: what is left is what ours costs.
+
+    ping-pong   a message of as many bytes as ours, and the answer, between two processes
+    stream      a byte, then all the memory in pieces of a batch, received where it is wanted
+    n of them   with n processes, as ours are, one after the other: each is over before the next
+
+All importers have a process of their own. What a fan-out costs that sends to all before it waits is
+printed besides.
 """
 
 from __future__ import annotations
@@ -18,21 +26,27 @@ from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 
 import mmunotify as mn
 from mmunotify_xpmem import RDONLY, DeferredXpmemDriver, FileSpace, Partition, StreamEngine
 from mmunotify_xpmem.thread_group import ThreadGroup
+from mmunotify_xpmem.wire import Ack, Fault, Inv, Page, encode
 
-from ._bench import Row, async_minima, at_least, at_most, undisturbed
+from ._bench import Row, async_minima, at_least, at_most, printed, undisturbed
 from ._xpmem_peer import receive, send
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PAGE = mn.PAGE_SIZE
-FAULT = 8 + 2 + 63
-"""Bytes of a fault's frame, and of its answer."""
-ANSWER = 8 + 2 + 41 + PAGE
+ID = bytes(16)
+FRAME = 8
+"""Bytes that the engine puts before a message."""
+FAULT = FRAME + len(encode(Fault(30_000, ID, ID, ID, 70_000, 2_000, 1, 1)))
+ANSWER = FRAME + len(encode(Page(ID, ID, 70_000))) + PAGE
+INVALIDATION = FRAME + len(encode(Inv(ID, [(ID, 1, 1, [0, 1])])))
+ACKNOWLEDGEMENT = FRAME + len(encode(Ack(30_000, ID, ID, [(ID, 1)])))
 SEQUENTIAL = 2048
 BATCH = 64
 FANOUT = 16
@@ -96,18 +110,46 @@ def ping_pong(sock: socket.socket, request: int, reply: int) -> Any:
     return run
 
 
+def bare_peer(
+    stack: ExitStack, backend: str, path: Path, request: int, reply: int, chunk: int
+) -> socket.socket:
+    """A process that answers without a protocol, and the connection to it."""
+    stack.enter_context(peer(backend, "raw", path, request, reply, chunk))
+    return stack.enter_context(connected(path))
+
+
+async def importing(
+    stack: ExitStack, backend: str, role: str, path: Path, segid: int, size: int
+) -> subprocess.Popen[bytes]:
+    """A process that imports, and has faulted everything in."""
+    _, process = await anyio.to_thread.run_sync(
+        stack.enter_context, peer(backend, role, path, segid, size)
+    )
+    return process
+
+
+async def faulted_again(process: subprocess.Popen[bytes]) -> None:
+    """Have an importer read everything once more."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"x")
+    process.stdin.flush()
+    await anyio.wait_readable(process.stdout)
+    process.stdout.readline()
+
+
 async def faults_and_reads(backend: str) -> list[Row]:
     """One page at random, and many in order."""
     with ExitStack() as stack:
         where = stack.enter_context(folder())
-        stack.enter_context(peer(backend, "raw", where / "raw", FAULT, ANSWER))
-        chunk, chunks = BATCH * PAGE, SEQUENTIAL // BATCH
-        stack.enter_context(peer(backend, "stream", where / "stream", chunk, chunks))
-        segid, _ = stack.enter_context(peer(backend, "exporter", where / "xpmem", SEQUENTIAL))
-        bare = ping_pong(stack.enter_context(connected(where / "raw")), FAULT, ANSWER)
-        bare_stream = ping_pong(
-            stack.enter_context(connected(where / "stream")), 1, SEQUENTIAL * PAGE
+        size = SEQUENTIAL * PAGE
+        bare = ping_pong(
+            bare_peer(stack, backend, where / "raw", FAULT, ANSWER, ANSWER), FAULT, ANSWER
         )
+        bare_stream = ping_pong(
+            bare_peer(stack, backend, where / "stream", 1, size, BATCH * PAGE), 1, size
+        )
+        segid, _ = stack.enter_context(peer(backend, "exporter", where / "xpmem", SEQUENTIAL))
         engine = StreamEngine(connect=[f"unix:{where / 'xpmem'}"])
         async with Partition(engine) as partition:
             group = await partition.open()
@@ -140,8 +182,13 @@ async def fan_out(backend: str) -> list[Row]:
     """One page that 16 processes have, and its invalidation."""
     with ExitStack() as stack:
         where = stack.enter_context(folder())
-        stack.enter_context(peer(backend, "raw", where / "raw", 80, 80))
-        bare = ping_pong(stack.enter_context(connected(where / "raw")), 80, 80)
+        there, back = INVALIDATION, ACKNOWLEDGEMENT
+        socks = [
+            bare_peer(stack, backend, where / f"raw{number}", there, back, back)
+            for number in range(FANOUT)
+        ]
+        bare = [ping_pong(sock, there, back) for sock in socks]
+        message, answer = memoryview(bytes(there)), memoryview(bytearray(back))
         async with AsyncExitStack() as astack:
             partition = await astack.enter_async_context(
                 Partition(StreamEngine(f"unix:{where / 'xpmem'}"), lease=20.0)
@@ -150,57 +197,73 @@ async def fan_out(backend: str) -> list[Row]:
             group = await partition.open(space.notifiers)
             segid = group.make(space.base, PAGE)
             importers = [
-                await anyio.to_thread.run_sync(
-                    stack.enter_context, peer(backend, "importer", where / "xpmem", segid)
-                )
+                await importing(stack, backend, "importer", where / "xpmem", segid, 1)
                 for _ in range(FANOUT)
             ]
-            best = pong = float("inf")
+            best = pongs = together = float("inf")
             for _ in range(40):
                 with undisturbed():
                     began = perf_counter_ns()
                     await space.changed()
                     best = min(best, perf_counter_ns() - began)
                     began = perf_counter_ns()
-                    await bare(FANOUT)
-                    pong = min(pong, perf_counter_ns() - began)
-                for _, process in importers:
-                    assert process.stdin is not None
-                    assert process.stdout is not None
-                    process.stdin.write(b"x")
-                    process.stdin.flush()
-                    await anyio.wait_readable(process.stdout)
-                    process.stdout.readline()
+                    for ping in bare:
+                        await ping(1)
+                    pongs = min(pongs, perf_counter_ns() - began)
+                    began = perf_counter_ns()
+                    for sock in socks:
+                        await send(sock, message)
+                    for sock in socks:
+                        await anyio.wait_readable(sock)
+                        await receive(sock, answer)
+                    together = min(together, perf_counter_ns() - began)
+                for process in importers:
+                    await faulted_again(process)
             await group.close()
     title = f"one invalidation acknowledged by {FANOUT} processes, {backend}"
-    return [at_most(title, best / pong, 1.5, f"{FANOUT} bare ping-pongs")]
+    return [
+        at_most(title, best / pongs, 1.5, f"{FANOUT} bare ping-pongs with {FANOUT} processes"),
+        printed(title, best / together, "the same, all sent before the first is waited for"),
+    ]
 
 
 async def silent(backend: str) -> list[Row]:
-    """Of eight importers one is stopped while it has a page that is invalidated."""
-    lease, heartbeat = 0.5, 0.1
+    """Eight importers read as fast as they can what is invalidated all the time; one is stopped."""
+    lease, heartbeat, pages = 0.5, 0.1, 16
     with ExitStack() as stack:
         where = stack.enter_context(folder())
         async with AsyncExitStack() as astack:
             partition = await astack.enter_async_context(
                 Partition(StreamEngine(f"unix:{where / 'xpmem'}"), lease=lease, heartbeat=heartbeat)
             )
-            space = await astack.enter_async_context(FileSpace(size=PAGE))
+            space = await astack.enter_async_context(FileSpace(size=pages * PAGE))
             group = await partition.open(space.notifiers)
-            segid = group.make(space.base, PAGE)
+            segid = group.make(space.base, pages * PAGE)
             importers = [
-                await anyio.to_thread.run_sync(
-                    stack.enter_context, peer(backend, "importer", where / "xpmem", segid)
-                )
+                await importing(stack, backend, "busy", where / "xpmem", segid, pages * PAGE)
                 for _ in range(8)
             ]
-            importers[0][1].send_signal(signal.SIGSTOP)
-            began = perf_counter_ns()
-            await space.changed()
-            waited = (perf_counter_ns() - began) / 1e9
+            worst = 0.0
+            async with anyio.create_task_group() as tasks:
+
+                async def invalidate(page: int) -> None:
+                    nonlocal worst
+                    while True:
+                        began = perf_counter_ns()
+                        await space.changed(page * PAGE, (page + 1) * PAGE)
+                        worst = max(worst, (perf_counter_ns() - began) / 1e9)
+                        await anyio.lowlevel.checkpoint()
+
+                for page in range(pages):
+                    tasks.start_soon(invalidate, page)
+                await anyio.sleep(lease)
+                importers[0].send_signal(signal.SIGSTOP)
+                await anyio.sleep(3 * lease)
+                tasks.cancel_scope.cancel()
+            assert len(partition.exporter.sharers) == 7, "the one that is stopped, and no other"
             await group.close()
-    title = f"invalidation with a stopped importer, {backend}"
-    return [at_most(title, waited / (lease + 2 * heartbeat), 1, "lease + 2 heartbeats")]
+    title = f"invalidation under load with a stopped importer, {backend}"
+    return [at_most(title, worst / (lease + 2 * heartbeat), 1, "lease + 2 heartbeats")]
 
 
 async def coalesced(backend: str) -> list[Row]:
@@ -208,40 +271,39 @@ async def coalesced(backend: str) -> list[Row]:
     with ExitStack() as stack:
         where = stack.enter_context(folder())
         async with AsyncExitStack() as astack:
-            enter = astack.enter_async_context
-            exporting = await enter(Partition(StreamEngine(f"unix:{where / 'xpmem'}"), 1))
-            importing = await enter(Partition(StreamEngine(connect=[f"unix:{where / 'xpmem'}"]), 2))
-            space = await enter(FileSpace(size=MANY * PAGE))
-            group = ThreadGroup(exporting, None)
+            partition = await astack.enter_async_context(
+                Partition(StreamEngine(f"unix:{where / 'xpmem'}"))
+            )
+            space = await astack.enter_async_context(FileSpace(size=MANY * PAGE))
+            group = ThreadGroup(partition, None)
             driver = DeferredXpmemDriver.serving(group)
             await space.notifiers.register(driver)
-            importer = await importing.open()
-            attachment = importer.attach(
-                await importer.get(group.make(space.base, space.size), RDONLY)
+            segid = group.make(space.base, space.size)
+            importer = await importing(
+                stack, backend, "importer", where / "xpmem", segid, space.size
             )
             ranges = [
                 mn.Range(space.base + page * PAGE, space.base + (page + 1) * PAGE)
                 for page in range(MANY)
             ]
             together = apart = float("inf")
-            for turn in range(5):
-                await attachment.read()
+            for turn in range(8):
                 with undisturbed():
                     began = perf_counter_ns()
                     for rng in ranges:
                         driver.invalidate_range(rng)
                     await driver.invalidate_range_sync(ranges[0])
                     together = min(together, perf_counter_ns() - began)
-                if turn < 2:
-                    await attachment.read()
+                await faulted_again(importer)
+                if turn < 3:
                     with undisturbed():
                         began = perf_counter_ns()
                         for rng in ranges:
                             driver.invalidate_range(rng)
                             await driver.invalidate_range_sync(rng)
                         apart = min(apart, perf_counter_ns() - began)
-            assert exporting.exporter.batches == 2 * MANY + 5
-            await importer.close()
+                    await faulted_again(importer)
+            assert partition.exporter.batches == 3 * MANY + 8
     title = f"{MANY} invalidations one by one : coalesced, {backend}"
     return [at_least(title, apart / together, 300, "themselves, each waited for")]
 

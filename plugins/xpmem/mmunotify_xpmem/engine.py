@@ -99,6 +99,13 @@ class Engine(Protocol):
         """
         ...
 
+    def take(self) -> None:
+        """Receive what has arrived already, if the engine can: it saves a turn of the loop.
+
+        To be called where nothing is being received, and not for ever without others running.
+        """
+        ...
+
     async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
         """Receive what comes from there, in the task of who waits for it, until `done()`.
 

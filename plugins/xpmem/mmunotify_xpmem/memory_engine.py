@@ -133,6 +133,9 @@ class MemoryEngine:
             receiver._arrive(carried)
         return True
 
+    def take(self) -> None:
+        """What arrives is carried by `run`."""
+
     async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
         """What arrives is carried by `run`, for all."""
 

@@ -446,6 +446,7 @@ class Partition(Xpmem):
         Cancelled, nothing is freed: what was told is told, and the next invalidation waits for it.
         """
         self.flush()
+        self.engine.take()
         if not wait.pending:
             table.waits.discard(wait)
             return

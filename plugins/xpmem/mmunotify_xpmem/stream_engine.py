@@ -53,6 +53,8 @@ _BURST: Final = 32
 """Full reads in a row after which others run."""
 _BUFFER: Final = 16 << 10
 """Bytes of a link's buffer. A frame that is longer than that is received where its user says."""
+_EAGER: Final = 8
+"""Answers in a row that are taken without letting others run."""
 _READY: Final = 64
 """Links that are read in one turn."""
 _BACKLOG: Final = 128
@@ -217,7 +219,7 @@ class Link:
 
     async def read(self) -> None:
         """Receive until the link is over."""
-        while not self.over.is_set():
+        while not self.broken:
             await anyio.wait_readable(self.sock)
             self.receive()
 
@@ -230,10 +232,15 @@ class Link:
         except BlockingIOError:
             return
         except (EOFError, OSError):
-            self.over.set()
+            self._finish(None)
         except BadMessage as error:
-            self.error = error
-            self.over.set()
+            self._finish(error)
+
+    def _finish(self, error: BadMessage | None) -> None:
+        self.error = error
+        self.shut()
+        self.engine.unwatch(self)
+        self.over.set()
 
     def _receive(self) -> bool:
         """Receive into the buffer; whether there may be more."""
@@ -336,6 +343,7 @@ class StreamEngine:
         """What this end subscribes to, by number."""
         self._watched: Final[dict[int, Link]] = {}
         self._epoll: select.epoll | None = None
+        self._eager = 0
         self._events: Events | None = None
         self._listener: socket.socket | None = None
         self._first: list[tuple[Address, socket.socket]] = []
@@ -394,12 +402,14 @@ class StreamEngine:
         number = epoll.fileno()
         while True:
             await anyio.wait_readable(number)
-            for fd, _ in epoll.poll(0, _READY):
-                link = self._watched.get(fd)
-                if link is not None and not link.pumped:
-                    link.receive()
-                    if link.over.is_set():
-                        self._unwatch(link)
+            self._eager = 0
+            self._receive(epoll)
+
+    def _receive(self, epoll: select.epoll) -> None:
+        for fd, _ in epoll.poll(0, _READY):
+            link = self._watched.get(fd)
+            if link is not None and not link.pumped:
+                link.receive()
 
     async def aclose(self) -> None:
         """Close everything. Never suspends."""
@@ -478,7 +488,7 @@ class StreamEngine:
             if link.error is not None:
                 self._refuse(sender, str(link.error))
         finally:
-            self._unwatch(link)
+            self.unwatch(link)
             link.close()
             self.links.remove(link)
             for routes in self._routes.values():
@@ -494,7 +504,8 @@ class StreamEngine:
         assert self._epoll is not None
         self._epoll.register(fd, select.EPOLLIN)
 
-    def _unwatch(self, link: Link) -> None:
+    def unwatch(self, link: Link) -> None:
+        """Nothing will come over it any more."""
         fd = link.sock.fileno()
         if self._watched.get(fd) is link:
             del self._watched[fd]
@@ -539,6 +550,12 @@ class StreamEngine:
         link.send(number, header, body)
         return True
 
+    def take(self) -> None:
+        """Receive what has arrived already."""
+        if self._epoll is not None and self._eager < _EAGER:
+            self._eager += 1
+            self._receive(self._epoll)
+
     async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
         """Read the link to `subject` until `done()`, if nobody else does."""
         routes = self._routes.get(subject)
@@ -546,8 +563,15 @@ class StreamEngine:
         if not routes or epoll is None:
             return
         link = routes[0][0]
-        if link.pumped or link.broken or link.over.is_set():
+        if link.pumped or link.broken:
             return
+        if self._eager < _EAGER:
+            # The kernel has often let the other end run already.
+            self._eager += 1
+            link.receive()
+            if done() or link.broken:
+                return
+        self._eager = 0
         sock = link.sock
         fd = sock.fileno()
         link.pumped = True
@@ -556,9 +580,6 @@ class StreamEngine:
             while not (done() or link.broken):
                 await anyio.wait_readable(sock)
                 link.receive()
-                if link.over.is_set():
-                    self._unwatch(link)
-                    return
         finally:
             link.pumped = False
             if link not in self.links:
