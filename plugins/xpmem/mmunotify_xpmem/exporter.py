@@ -88,7 +88,10 @@ class Peer:
     """The one that is outstanding."""
     outstanding: dict[Sharer, int] = attrs.field(factory=dict)
     """What each permit has to acknowledge of it."""
-    sent: float = 0.0
+    deaf_at: float = INFINITY
+    """When it has not acknowledged it for too long."""
+    void_at: float = INFINITY
+    """When the first of its void permits is fenced."""
     resend_at: float = INFINITY
     interval: float = 0.0
     waiting: int = 0
@@ -127,6 +130,8 @@ class Sharer:
     stored: int = -1
     """The latest store that was done, or refused; `answer` says which."""
     answer: Message | None = None
+    void_at: float = INFINITY
+    """When it is fenced for being deaf; it is served nothing until then, so that its lease ends."""
 
     @property
     def remote(self) -> bool:
@@ -414,11 +419,14 @@ class Exporter:
                 if covered > sharer.acked:
                     self._acknowledge(sharer, covered)
         if peer is not None and peer.batch is not None and not peer.outstanding:
-            peer.batch = None
-            peer.resend_at = INFINITY
             peer.interval = self.resend
-            if peer.dirty:
-                self.unsent[peer] = None
+            self._batch_done(peer)
+
+    def _batch_done(self, peer: Peer) -> None:
+        peer.batch = None
+        peer.resend_at = peer.deaf_at = INFINITY
+        if peer.dirty:
+            self.unsent[peer] = None
 
     def _covered(self, sharer: Sharer, upto: int) -> int:
         """Rule 3: an acknowledgement is for what it names; what was not sent cannot be named."""
@@ -426,9 +434,8 @@ class Exporter:
 
     def _acked_for(self, peer: Peer | None, ack: Ack, aid: bytes) -> Iterator[Sharer]:
         """Rule 4: whose acknowledgement this is."""
-        sharer = self._known(peer, aid, ack.inc)
-        if sharer is not None:
-            yield sharer
+        if peer is not None and ack.inc == self.inc and aid in peer.sharers:
+            yield peer.sharers[aid]
 
     def _acknowledge(self, sharer: Sharer, upto: int) -> None:
         sharer.acknowledge(upto)
@@ -447,9 +454,8 @@ class Exporter:
     def _release(
         self, sender: Sender, peer: Peer | None, release: Release, body: memoryview, now: float
     ) -> None:
-        sharer = self._known(peer, release.aid, release.inc)
-        if sharer is not None:
-            self._remove(sharer)
+        if peer is not None and release.inc == self.inc and release.aid in peer.sharers:
+            self._remove(peer.sharers[release.aid])
         self._send(release.part, release.me, Fenced(release.aid))
 
     def _heartbeat(
@@ -464,10 +470,11 @@ class Exporter:
         self.todo.append(Reply(ask, sender))
 
     def _known(self, peer: Peer | None, aid: bytes, inc: bytes) -> Sharer | None:
-        """Rules 5 and 8: the permit, if it was given by this life to that one and is not fenced."""
+        """Rules 5 and 8: the permit, if it was given by this life to that one and is not void."""
         if peer is None or inc != self.inc:
             return None
-        return peer.sharers.get(aid)
+        sharer = peer.sharers.get(aid)
+        return None if sharer is None or sharer.void_at < INFINITY else sharer
 
     def _fenced(self, request: Fault | Store) -> None:
         """Rule 8: there is no such permit."""
@@ -503,7 +510,7 @@ class Exporter:
         if request.fid in sharer.busy:
             sharer.busy.discard(request.fid)
             sharer.peer.waiting -= 1
-        return sharer.aid in self.sharers
+        return sharer.aid in self.sharers and sharer.void_at == INFINITY
 
     # ------------------------------------------------------------------ invalidations
 
@@ -535,7 +542,7 @@ class Exporter:
             batch.append((sharer.aid, sharer.sent + 1, sharer.number, flat))
             sharer.sent = peer.outstanding[sharer] = sharer.number
         peer.batch = Inv(self.inc, batch)
-        peer.sent = now
+        peer.deaf_at = now + self.ttl
         self.batches += 1
         self._send_again(peer, now)
 
@@ -544,7 +551,7 @@ class Exporter:
         self._send(peer.part, peer.inc, peer.batch)
         peer.resend_at = now + peer.interval
         peer.interval = min(2 * peer.interval, max(self.heartbeat, self.resend))
-        self._due(peer.resend_at)
+        self._due(min(peer.resend_at, peer.deaf_at))
 
     def messages_lost(self, now: float) -> None:
         """Messages may have been lost: send again at once what is not acknowledged."""
@@ -564,12 +571,17 @@ class Exporter:
                 self._silent(peer, now)
             else:
                 self._due(peer.heard + self.ttl)
+            if now >= peer.void_at:
+                self._fence_void(peer, now)
+            if now >= peer.deaf_at:
+                self._deaf(peer, now)
             if peer.batch is not None:
                 if now >= peer.resend_at:
                     self.resent += 1
                     self._send_again(peer, now)
                 else:
                     self._due(peer.resend_at)
+            self._due(min(peer.deaf_at, peer.void_at))
 
     def _silent(self, peer: Peer, now: float) -> None:
         """The lease of a peer is over; what follows, each of its segments says."""
@@ -582,6 +594,34 @@ class Exporter:
                     self.todo.append(Kill(peer))
                 else:
                     self._due(now + self.heartbeat)  # somebody may come to wait for it
+
+    def _deaf(self, peer: Peer, now: float) -> None:
+        """It is alive, and has not acknowledged for as long as a lease: it cannot hear, perhaps.
+
+        What it has is good for a lease after the last answer that it may have got. So that is the
+        last one, and a lease later it is fenced.
+        """
+        peer.deaf_at = INFINITY
+        for sharer in list(peer.sharers.values()):
+            if sharer.segment.fence == "lease" and sharer.void_at == INFINITY:
+                sharer.void_at = now + self.ttl
+                peer.void_at = min(peer.void_at, sharer.void_at)
+                self._send(peer.part, peer.inc, Fenced(sharer.aid))
+            elif sharer.segment.fence == "kill" and not peer.condemned:
+                if sharer.waits:
+                    peer.condemned = True
+                    self.todo.append(Kill(peer))
+                else:
+                    peer.deaf_at = now + self.heartbeat  # somebody may come to wait for it
+
+    def _fence_void(self, peer: Peer, now: float) -> None:
+        """What void permits had has run out."""
+        peer.void_at = INFINITY
+        for sharer in list(peer.sharers.values()):
+            if now >= sharer.void_at:
+                self.fence(sharer, "deaf")
+            else:
+                peer.void_at = min(peer.void_at, sharer.void_at)
 
     def died(self, part: int, inc: bytes, reason: str) -> None:
         """Proof that the incarnation is dead: the kernel says so. It holds nothing any more."""
@@ -611,10 +651,7 @@ class Exporter:
         sharer.held.clear()
         sharer.acknowledge(sharer.number)
         if peer.batch is not None and not peer.outstanding:
-            peer.batch = None
-            peer.resend_at = INFINITY
-            if peer.dirty:
-                self.unsent[peer] = None
+            self._batch_done(peer)
         if not peer.sharers:
             self.peers.pop((peer.part, peer.inc), None)
 

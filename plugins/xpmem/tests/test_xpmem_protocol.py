@@ -308,6 +308,61 @@ def test_heartbeats_keep_a_lease() -> None:
     assert aid in e.exporter.sharers
 
 
+def test_deafness_is_the_end_too() -> None:
+    """Who is alive and does not acknowledge for a lease gets nothing any more, so that what it has
+    runs out; a lease later it is fenced, and whoever waits goes on."""
+    e = Exporting(ttl=5.0)
+    aid = e.get()
+    e.fault(aid, 1, 5)
+    wait = e.invalidate(5, 6)
+    e.sent()
+    void = []
+    for now in range(1, 11):
+        (ack,) = e.say(Heartbeat(3, ME, INC, float(now), [aid]), now=float(now))
+        assert isinstance(ack, HeartbeatAck)
+        void.append(bool(ack.fenced))
+        e.exporter.tick(float(now))
+        assert bool(wait.pending) == (now < 10)
+        e.sent(float(now))
+    assert void == [False] * 5 + [True] * 5
+    assert [type(message) for message in e.fault(aid, 2, 6)] == [Fenced]
+
+
+def test_deaf_importer_is_served_nothing_and_may_still_acknowledge() -> None:
+    """Between the two leases a fault is answered as if there were no permit; an acknowledgement
+    counts, and its permit is void all the same."""
+    e = Exporting(ttl=5.0)
+    aid = e.get()
+    e.fault(aid, 1, 5)
+    wait = e.invalidate(5, 6)
+    e.sent()
+    e.say(Heartbeat(3, ME, INC, 4.0, [aid]), now=4.0)
+    e.exporter.tick(5.0)
+    e.sent(5.0)
+    assert [type(message) for message in e.fault(aid, 2, 6)] == [Fenced]
+    assert wait.pending
+    e.say(Ack(3, ME, INC, [(aid, 1)]), now=6.0)
+    assert not wait.pending
+    assert [type(message) for message in e.fault(aid, 3, 6)] == [Fenced]
+    e.exporter.tick(e.exporter.deadline)
+    assert not e.exporter.sharers
+
+
+@pytest.mark.parametrize("fence", ["kill", "never"])
+def test_deafness_under_other_policies(fence: Any) -> None:
+    """It is killed, or waited for."""
+    e = Exporting(fence=fence, ttl=5.0)
+    aid = e.get()
+    e.fault(aid, 1, 5)
+    wait = e.invalidate(5, 6)
+    e.sent()
+    for now in range(1, 20):
+        e.say(Heartbeat(3, ME, INC, float(now), [aid]), now=float(now))
+        e.exporter.tick(float(now))
+    assert wait.pending
+    assert [type(todo) for todo in e.exporter.todo] == ([Kill] if fence == "kill" else [])
+
+
 def test_silence_under_kill() -> None:
     """Policy kill: as soon as something waits for it, and not before; then only proof counts."""
     e = Exporting(fence="kill", ttl=5.0)
