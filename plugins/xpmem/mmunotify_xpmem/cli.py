@@ -255,7 +255,7 @@ def list_segments(
             "bytes": segment["size"],
             "mode": segment["mode"],
             "fence": segment["fence"],
-            "importers": len(segment["sharers"]),
+            "importers": segment["attached"],
         }
         for report in found
         for segment in report["segments"]
@@ -304,6 +304,9 @@ def status(
             console.print(Text(f"  {segment['segid']:#x} {segment['name']} ({segment['state']})"))
             if segment["sharers"]:
                 console.print(_sharers(segment["sharers"]))
+            left_out = segment["attached"] - len(segment["sharers"])
+            if left_out:
+                console.print(f"  and {left_out} more")
 
 
 def _sharers(sharers: list[dict[str, Any]]) -> Table:

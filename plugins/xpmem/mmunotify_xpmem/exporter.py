@@ -69,6 +69,7 @@ class Limits:
     parked: int = 256
     """Faults and stores that wait for something here."""
     partitions: int = 1 << 14
+    permits_of_all: int = 1 << 17
     """Of all partitions together."""
 
 
@@ -325,6 +326,8 @@ class Exporter:
             return errno.EMFILE, f"partition {get.part} has {self.limits.permits} permits already"
         if peer is None and len(self.peers) >= self.limits.partitions:
             return errno.EMFILE, f"{self.limits.partitions} partitions are attached already"
+        if len(self.sharers) >= self.limits.permits_of_all:
+            return errno.EMFILE, f"{self.limits.permits_of_all} permits are given already"
         return None
 
     def _fault(

@@ -51,6 +51,7 @@ from .wire import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from .engine import Sender
     from .wire import Buffer
 
 INFINITY: Final = float("inf")
@@ -123,6 +124,8 @@ class Source:
     heartbeat: float
     heard: float
     beat_at: float
+    sender: Sender
+    """Who speaks for it."""
     grants: dict[bytes, Grant] = attrs.field(factory=dict)
 
 
@@ -422,11 +425,20 @@ class Importer:
 
     # ------------------------------------------------------------------ what arrives
 
-    def receive(self, message: Message, body: memoryview, now: float) -> None:
-        """A message of an exporter. Raises BadMessage if it cannot be right."""
-        self._handlers[type(message)](self, message, body, now)
+    def receive(self, sender: Sender, message: Message, body: memoryview, now: float) -> None:
+        """A message of an exporter. Raises BadMessage if it cannot be right, or not from there.
 
-    def _granted(self, granted: Granted, body: memoryview, now: float) -> None:
+        What names a request or permit is from who was told its random id. What extends leases
+        does not, and has to come from who has granted them.
+        """
+        if isinstance(message, HeartbeatAck):
+            self._heard(sender, message, now)
+        elif isinstance(message, Granted):
+            self._granted(sender, message, now)
+        else:
+            self._handlers[type(message)](self, message, body, now)
+
+    def _granted(self, sender: Sender, granted: Granted, now: float) -> None:
         pending = self._by_rid.pop(granted.rid, None)
         grant = None if pending is None else pending.grant
         if pending is None or grant is None or grant.dead is not None:
@@ -448,7 +460,7 @@ class Importer:
         source = self.sources.get(key)
         if source is None:
             beat_at = pending.sent + granted.heartbeat
-            source = Source(*key, granted.ttl, granted.heartbeat, now, beat_at)
+            source = Source(*key, granted.ttl, granted.heartbeat, now, beat_at, sender)
             self.sources[key] = source
         source.heard = now
         grant.source, grant.aid = source, granted.aid
@@ -609,17 +621,23 @@ class Importer:
             if not source.grants:
                 self.sources.pop((source.part, source.inc), None)
 
-    def _heard(self, ack: HeartbeatAck, body: memoryview, now: float) -> None:
+    def _heard(self, sender: Sender, ack: HeartbeatAck, now: float) -> None:
         source = self.sources.get((ack.part, ack.inc))
         if source is None:
             return
+        if source.sender is not sender and not source.sender.is_same(sender):
+            raise BadMessage(f"{sender} speaks for partition {ack.part}, was {source.sender}")
+        if ack.sent > now:
+            raise BadMessage(
+                f"partition {ack.part} has heard at {now:g} what is sent at {ack.sent:g}"
+            )
         source.heard = now
         fenced = set(ack.fenced)
         for grant in list(source.grants.values()):
             if grant.since < ack.sent and grant.aid not in fenced:
                 self._extend(grant, ack.sent)
         for aid in fenced:
-            known = self.grants.get(aid)
+            known = source.grants.get(aid)
             if known is not None:
                 self._fenced(known, now)
 
@@ -727,14 +745,12 @@ class Importer:
         self.outbox.append((part, inc, message, body))
 
     _handlers: Final[dict[type[Message], Callable[..., Any]]] = {
-        Granted: _granted,
         Refused: _refused,
         Page: _page,
         Broken: _broken,
         Retry: _retry,
         Fenced: _void,
         Inv: _inv,
-        HeartbeatAck: _heard,
         Stored: _stored,
         Report: _report,
     }

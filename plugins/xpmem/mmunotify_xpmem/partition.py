@@ -26,7 +26,7 @@ from .importer import Importer
 from .remote import RemotePermit
 from .segments import State
 from .thread_group import ThreadGroup
-from .wire import BadMessage, Report, Request, decode, encode
+from .wire import MAX_MESSAGE, BadMessage, Report, Request, decode, encode
 from .xpmem import Xpmem, new_id
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ if sys.platform == "linux":
 
 else:
     boot_time = time.monotonic
+
+
+_REPORT: Final = MAX_MESSAGE // 2
 
 
 class Partition(Xpmem):
@@ -165,7 +168,7 @@ class Partition(Xpmem):
             if isinstance(message, Request):
                 self.exporter.receive(sender, message, body, self.clock())
             else:
-                self.importer.receive(message, body, self.clock())
+                self.importer.receive(sender, message, body, self.clock())
         except BadMessage as error:
             self.refused += 1
             self.log.emit(events.FRAME_REFUSED, peer=str(sender), reason=str(error))
@@ -316,7 +319,7 @@ class Partition(Xpmem):
 
     def _answer(self, todo: Reply) -> None:
         ask = todo.ask
-        body = msgspec.json.encode(self.status(todo.sender))
+        body = _fitting(self.status(todo.sender))
         self.engine.send(address_of(ask.part, ask.me), encode(Report(ask.rid)), body)
 
     def status(self, asker: Sender | None = None) -> dict[str, Any]:
@@ -347,6 +350,9 @@ class Partition(Xpmem):
                     "mode": f"{segment.mode:o}",
                     "fence": segment.fence,
                     "state": segment.state.value,
+                    "attached": sum(
+                        sharer.segment is segment for sharer in exporter.sharers.values()
+                    ),
                     "sharers": [
                         {
                             "partition": sharer.peer.part,
@@ -467,6 +473,18 @@ class Partition(Xpmem):
         finally:
             wait.done = None
             table.waits.discard(wait)
+
+
+def _fitting(report: dict[str, Any]) -> bytes:
+    """A report as JSON, with as many importers and segments left out as it takes to send it."""
+    shown = 1 << 14
+    while len(body := msgspec.json.encode(report)) > _REPORT:
+        for segment in report["segments"]:
+            del segment["sharers"][shown:]
+        if not shown:
+            del report["segments"][len(report["segments"]) // 2 :]
+        shown //= 2
+    return body
 
 
 def _again(error: BaseException) -> BaseException:

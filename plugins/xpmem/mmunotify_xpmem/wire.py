@@ -29,6 +29,7 @@ Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Part = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Pages = Annotated[int, Meta(ge=1, le=MAX_PAGES)]
+Seconds = Annotated[float, Meta(ge=0.001, le=1e9)]
 Text = Annotated[str, Meta(max_length=1024)]
 Runs = Annotated[list[Count], Meta(min_length=2, max_length=2 * MAX_RANGES)]
 
@@ -67,8 +68,8 @@ class Granted(Message, tag=2):
     pages: Count
     base: Count
     """The number of the first page in the exporter, for error messages."""
-    ttl: float
-    heartbeat: float
+    ttl: Seconds
+    heartbeat: Seconds
 
 
 class Refused(Message, tag=3):

@@ -26,8 +26,9 @@ from mmunotify_xpmem import (
     StreamEngine,
     XpmemError,
 )
+from mmunotify_xpmem.memory_engine import LocalSender
 from mmunotify_xpmem.processes import ProcessSender
-from mmunotify_xpmem.wire import MAX_MESSAGE, BadMessage, encode
+from mmunotify_xpmem.wire import MAX_MESSAGE, BadMessage, Get, encode
 from mmunotify_xpmem.wire import Fault as FaultMessage
 
 if TYPE_CHECKING:
@@ -328,6 +329,24 @@ async def test_malformed_messages_of_a_partition(tmp_path: Path) -> None:
                 attacker.send(MAGIC + HEADER.pack(len(attack), 1) + attack)
                 await until(partial(has_refused, exporting, expected))
         assert not exporting.exporter.peers
+        await group.close()
+
+
+async def test_reports_fit_into_a_message(tmp_path: Path) -> None:
+    """However many there are to report: the others are counted."""
+    engine = StreamEngine(f"unix:{tmp_path / 's'}")
+    async with Partition(engine, 1) as exporting, FileSpace(size=PAGE) as space:
+        group = await exporting.open(space.notifiers)
+        segid = group.make(space.base, PAGE)
+        sender = LocalSender(Credentials.mine())
+        for part in range(3, 6003):
+            get = Get(part, bytes(16), part.to_bytes(16, "little"), segid, False)
+            exporting.exporter.receive(sender, get, memoryview(b""), exporting.clock())
+        exporting.exporter.outbox.clear()
+        async with Partition(StreamEngine(connect=[str(engine.listen)]), 2) as asking:
+            (segment,) = (await asking.ask(1))["segments"]
+        assert segment["attached"] == 6000
+        assert 1000 < len(segment["sharers"]) < 6000
         await group.close()
 
 

@@ -46,6 +46,7 @@ SEGID = 7 << 32 | 1
 ME = b"importer's life."
 INC = b"exporter's life."
 EMPTY = memoryview(b"")
+EXPORTER = LocalSender(Credentials(5, 5))
 
 
 @attrs.define(eq=False)
@@ -156,6 +157,17 @@ def test_cancelled_wait_is_still_owed() -> None:
     assert again.pending
     e.say(Ack(3, ME, INC, [(aid, 1)]))
     assert not again.pending
+
+
+def test_permits_of_all_partitions_are_limited() -> None:
+    """However many partitions somebody claims to be."""
+    e = Exporting(limits=Limits(permits_of_all=3))
+    answers = [
+        type(answer)
+        for part in range(1, 6)
+        for answer in e.say(Get(part, bytes(16), bytes(16), SEGID, False))
+    ]
+    assert answers == [Granted] * 3 + [Refused] * 2
 
 
 def test_resent_until_acknowledged() -> None:
@@ -416,8 +428,10 @@ class Importing:
         self.aid = b"permit number 1."
         self.hear(Granted(get.rid, self.aid, 7, INC, 100, 1000, 5.0, 1.0))
 
-    def hear(self, message: Message, body: bytes = b"", now: float = 0.0) -> list[Any]:
-        self.importer.receive(message, memoryview(body), now)
+    def hear(
+        self, message: Message, body: bytes = b"", now: float = 0.0, sender: Any = None
+    ) -> list[Any]:
+        self.importer.receive(sender or EXPORTER, message, memoryview(body), now)
         return self.sent()
 
     def sent(self) -> list[Any]:
@@ -513,6 +527,26 @@ def test_lease_is_as_old_as_what_was_answered() -> None:
     assert not i.grant.cache
 
 
+def test_leases_are_extended_by_who_has_granted_them() -> None:
+    """A third party that says so is refused, and so is an answer to what was never sent."""
+    i = Importing()
+    until = i.grant.lease_until
+    with pytest.raises(BadMessage, match="speaks for partition 7"):
+        i.hear(HeartbeatAck(7, INC, 3.0, []), now=4.0, sender=LocalSender(Credentials(6, 6)))
+    with pytest.raises(BadMessage, match="has heard at 4 what is sent at 100"):
+        i.hear(HeartbeatAck(7, INC, 100.0, []), now=4.0)
+    assert i.grant.lease_until == until
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("inf"), float("nan"), 1e-9])
+def test_leases_are_of_some_length(seconds: float) -> None:
+    """What would have the importer beat without a pause, or never, is no message."""
+    for ttl, heartbeat in ((5.0, seconds), (seconds, 1.0)):
+        frame = encode(Granted(bytes(16), bytes(16), 7, INC, 1, 0, ttl, heartbeat))
+        with pytest.raises(BadMessage, match="float"):
+            decode(memoryview(frame))
+
+
 def test_silent_exporter_is_given_up() -> None:
     """After `patience` a request fails, and says whom it asked."""
     i = Importing()
@@ -556,6 +590,7 @@ few = st.integers(0, 130)
 aids = st.sampled_from([b"permit number 1.", bytes(16), b"\1" + bytes(15), b"\2" + bytes(15)])
 incs = st.sampled_from([INC, ME, bytes(16)])
 parts = st.sampled_from([3, 4, 7])
+seconds = st.one_of(st.floats(0.1, 9), st.floats())
 runs = st.lists(few, min_size=2, max_size=7)
 requests = st.one_of(
     st.builds(Get, parts, incs, aids, st.sampled_from([SEGID, 1]), st.booleans()),
@@ -566,7 +601,7 @@ requests = st.one_of(
     st.builds(Store, parts, incs, aids, incs, few, whole),
 )
 answers = st.one_of(
-    st.builds(Granted, aids, aids, parts, incs, few, few, st.floats(0.1, 9), st.floats(0.1, 9)),
+    st.builds(Granted, aids, aids, parts, incs, few, few, seconds, seconds),
     st.builds(Refused, aids, st.integers(0, 200), st.text(max_size=9)),
     st.builds(Page, aids, incs, few),
     st.builds(Broken, aids, incs, few, st.text(max_size=4), st.integers(0, 9), few, st.just("x")),
@@ -630,7 +665,7 @@ class Fuzzed(RuleBasedStateMachine):
     def answer(self, message: Any, body: bytes) -> None:
         with suppress(BadMessage):
             decode(memoryview(encode(message) + body))
-            self.i.importer.receive(message, memoryview(body), self.now)
+            self.i.importer.receive(EXPORTER, message, memoryview(body), self.now)
 
     @rule(first=few, count=st.integers(1, 64))
     def fault(self, first: int, count: int) -> None:

@@ -92,7 +92,7 @@ class Node:
         if isinstance(message, Request):
             self.exporter.receive(sender, message, body, self.sim.now)
         else:
-            self.importer.receive(message, body, self.sim.now)
+            self.importer.receive(sender, message, body, self.sim.now)
         self.flush()
 
     def room(self, size: int) -> memoryview:
