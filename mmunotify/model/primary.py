@@ -76,15 +76,18 @@ class ModelPrimary:
 
     def translate(self, address: int) -> Translation | None:
         """The leaf that maps `address`, or None. Never suspends, never faults."""
-        entry = self.mm.pt.get(address >> PAGE_SHIFT)
+        pt, page = self.mm.pt, address >> PAGE_SHIFT
+        leaf = pt.leaves.get(page >> 9)
+        entry = leaf.pte[page & 511] if leaf is not None else pt.get(page)
         return self._translation(address, entry) if entry & _READABLE == _READABLE else None
 
     def _translation(self, address: int, entry: int) -> Translation:
         mm = self.mm
         size = PAGE_SIZE
-        if mm.pt.huge and address >> PMD_SHIFT in mm.pt.huge:
+        huge = mm.pt.huge
+        if huge and address >> PMD_SHIFT in huge:
             size = PMD_SIZE
-            entry = mm.pt.huge[address >> PMD_SHIFT]
+            entry = huge[address >> PMD_SHIFT]
         frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
         translation = Translation(
             address & -size,
@@ -271,6 +274,12 @@ class ModelPrimary:
         """Hand dirty bits over before a mapping is dropped (I-DIRTY); set_page_dirty."""
         mm = self.mm
         first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
+        if last - first == 1 and mask is None:
+            leaf = mm.pt.leaves.get(first >> 9)
+            entry = leaf.pte[first & 511] if leaf is not None else mm.pt.get(first)
+            if entry & _MEMORY_BITS == f.PTE_PRESENT:
+                mm.machine.frames.word[(entry & f.PFN_MASK) >> PAGE_SHIFT] |= fr.PG_DIRTY
+            return
         if last - first <= _FEW:
             word = mm.machine.frames.word
             for at, entry in enumerate(self._entries(first, last)):
@@ -300,8 +309,15 @@ class ModelPrimary:
         mm = self.mm
         first, last = start >> PAGE_SHIFT, -(-end >> PAGE_SHIFT)
         mark_accessed = mm.machine.mark_accessed
+        huge, word = mm.pt.huge, mm.machine.frames.word
+        if last - first == 1:
+            leaf = mm.pt.leaves.get(first >> 9)
+            entry = leaf.pte[first & 511] if leaf is not None else huge.get(first >> 9, 0)
+            frame = (entry & f.PFN_MASK) >> PAGE_SHIFT
+            if entry & _MEMORY_BITS == f.PTE_PRESENT and word[frame] & _IN_USE != _IN_USE:
+                mark_accessed(frame)
+            return
         if last - first <= _FEW:
-            huge, word = mm.pt.huge, mm.machine.frames.word
             for page, entry in enumerate(self._entries(first, last), first):
                 if entry & _MEMORY_BITS == f.PTE_PRESENT:
                     if huge:  # of a huge page only the first frame is on a list

@@ -109,29 +109,25 @@ class Toucher:
     async def faulted(self, address: int, pages: int, write: bool) -> None:
         """The program faulted on `pages` pages in a row, of which the first has `address`."""
         draws, devices, members = self._draws, self._devices, self._set
+        run = range(address, address + pages * PAGE_SIZE, PAGE_SIZE)
         if not self._hot:
-            for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
-                if next(draws.yes):
-                    for device in devices:
-                        if not device.access(touched, write=write):
-                            await self._miss(device, touched, write)
+            for touched, touches in zip(run, draws.yes):  # noqa: B905
+                if touches:
+                    missed = _first_miss(devices, touched, write)
+                    if missed >= 0:
+                        await self._serve(missed, touched, write)
             return
-        most, newcomers, slots = draws.touching.pages, draws.newcomers, draws.slots
-        for touched in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
-            slot = next(newcomers)
+        most = draws.touching.pages
+        for touched, place, slot in zip(run, draws.newcomers, draws.slots):  # noqa: B905
             if len(members) < most:
                 members.append((touched, write))
-            elif slot != _STAYS:
-                members[slot] = (touched, write)
-            slot = next(slots)
+            elif place != _STAYS:
+                members[place] = (touched, write)
             if slot < len(members):
                 at, writes = members[slot]
-                for device in devices:
-                    if not device.access(at, write=writes) and not await self._miss(
-                        device, at, writes
-                    ):
-                        self._leave(slot)
-                        break
+                missed = _first_miss(devices, at, writes)
+                if missed >= 0 and not await self._serve(missed, at, writes):
+                    self._leave(slot)
 
     async def guest_faulted(self, address: int, write: bool) -> None:
         """The program's own guest faulted on a page, as the devices do that have a guest."""
@@ -144,12 +140,9 @@ class Toucher:
         slot = next(self._draws.slots)
         if self._hot and slot < len(self._set):
             address, write = self._set[slot]
-            for device in self._devices:
-                if not device.access(address, write=write) and not await self._miss(
-                    device, address, write
-                ):
-                    self._leave(slot)
-                    break
+            missed = _first_miss(self._devices, address, write)
+            if missed >= 0 and not await self._serve(missed, address, write):
+                self._leave(slot)
 
     def _leave(self, slot: int) -> None:
         """A page of the working set is gone: the next one that is faulted on joins."""
@@ -157,14 +150,31 @@ class Toucher:
         if slot < len(self._set):
             self._set[slot] = last
 
-    async def _miss(self, device: Device, address: int, write: bool) -> bool:
-        """Serve a miss; False if the process has no page there."""
+    async def _serve(self, missed: int, address: int, write: bool) -> bool:
+        """Serve the first device that missed, and have those after it access the page.
+
+        False if the process has no page there. What the process may do with one that it has stays
+        as it is: a device is given no more than that.
+        """
         found = self._primary.translate(address)
         if found is None:
             return False
-        if found.writable or not write or not device.access(address):
-            # Memory that the process has and the device may not use (a guard page, a mapping of
-            # another device) is nothing to it.
-            with suppress(BadAddress):
-                await device.fault(address, write=write and found.writable)
+        writes = write and found.writable
+        devices = self._devices
+        while missed >= 0:
+            device = devices[missed]
+            if writes or not write or not device.access(address):
+                # Memory that the process has and the device may not use (a guard page, a mapping
+                # of another device) is nothing to it.
+                with suppress(BadAddress):
+                    await device.fault(address, write=writes)
+            missed = _first_miss(devices, address, write, missed + 1)
         return True
+
+
+def _first_miss(devices: list[Device], address: int, write: bool, first: int = 0) -> int:
+    """Have the devices from `first` on access a page until one misses; its position, or -1."""
+    for position in range(first, len(devices)):
+        if not devices[position].access(address, write=write):
+            return position
+    return -1

@@ -128,7 +128,10 @@ class Context:
                 return cbr.value, cbr.substatus
             return await self._finish(number)
         finally:
-            self._give_back(number)
+            if self._queue:
+                self._give_back(number)
+            else:
+                self._free.append(number)
 
     async def start(self, instruction: Instruction) -> Operation:
         """Have a control block begin, and go on without it; the block is taken until `wait`."""

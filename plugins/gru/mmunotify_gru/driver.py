@@ -25,7 +25,7 @@ from .flush import purges
 from .gru import Gru
 from .gts import Gts
 from .hardware.cch import MissMode
-from .hardware.geometry import REGIONS, tag_of
+from .hardware.geometry import REGION_SHIFT, REGIONS
 from .hardware.instructions import Cause, Exop, Instruction, Opcode, Xtype
 from .hardware.tgh import NOTHING
 from .options import GruOptions
@@ -297,10 +297,10 @@ class GruDriver(AtomicDriver):
         if not used:
             return False
         cch = used[(address >> PAGE_SHIFT) % len(used)].gts.cch
-        return (
-            cch is not None
-            and cch.chiplet.tlb.lookup(tag_of(cch.asid, address), address, write) is not None
-        )
+        if cch is None:
+            return False
+        tag = cch.asid + (address >> REGION_SHIFT & (REGIONS - 1))
+        return cch.chiplet.tlb.lookup(tag, address, write) is not None
 
     async def fault(self, address: int, *, write: bool = False) -> None:
         """Have that context execute something that needs the translation.

@@ -99,7 +99,7 @@ class Faults:
         refused = self._refuse(gts, tfh, by_user=False)
         if refused is not None:
             return refused
-        entry = self._translate(gts, tfh, atomic=True)
+        entry = self._translate(gts, tfh)
         if entry is None:
             tfh.user_polling_mode()
             gts.user.user_polling_mode += 1
@@ -113,7 +113,7 @@ class Faults:
         refused = self._refuse(gts, tfh, by_user=True)
         if refused is not None:
             return refused
-        entry = self._translate(gts, tfh, atomic=False)
+        entry = self._translate(gts, tfh)
         if entry is None:
             if gts.force_reload:
                 self.gms.gru.update(gts)
@@ -148,7 +148,7 @@ class Faults:
             if not by_user:
                 tfh.user_polling_mode()
             return _NO_ASID
-        if self.gms.covered(tfh.address, PAGE_SIZE):
+        if self.gms.sections and self.gms.covered(tfh.address, PAGE_SIZE):
             statistics.tlb_dropin_fail_range_active += 1
             self.gms.retries += 1
             if not by_user:
@@ -160,7 +160,7 @@ class Faults:
         """Whether a miss came from a context without ASID: its tag is everybody's."""
         return tfh.tag == 0
 
-    def _translate(self, gts: Gts, tfh: Tfh, *, atomic: bool) -> Translation | None:
+    def _translate(self, gts: Gts, tfh: Tfh) -> Translation | None:
         """What the primary maps now, as an entry; None: somebody has to fault it in.
 
         Of a huge page that must not be had as a whole, the small one (gru_vtop).

@@ -1,6 +1,7 @@
 """The guest's page faults: look a page up, and map it unless an invalidation was faster.
 
-    take note of invalidate_seq             I-SEQ: before the lookup
+    primary.translate                       what the host maps for writing needs no wait
+    take note of invalidate_seq             I-SEQ: before any other lookup
     primary.fault_in                        may sleep, and may announce to this very machine
     under mmu_lock: retry?                  I-NOEST, I-INFLIGHT: in the step that maps
     map it, and its neighbours
@@ -61,28 +62,44 @@ async def page_fault(
     vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False
 ) -> FaultResult:
     """Serve one page fault. May suspend. Raises BadAddress where the host has no page (-EFAULT)."""
-    counters = vm.counters
-    if vm.mmio and vm.mmio.get(gfn) == vm.memslots.generation:
+    counters, memslots = vm.counters, vm.memslots
+    if vm.mmio and vm.mmio.get(gfn) == memslots.generation:
         counters["mmio"] += 1
         return FaultResult.EMULATE
     counters["faults"] += 1
     if vm.on_fault is not None:
         vm.on_fault(gfn, write)
+    slot = memslots.find(gfn)
+    result = decide(vm, vcpu, slot, gfn, write)
+    if result is None and slot is not None:
+        mmu = vm.mmu
+        found = vm.lookup_nowait(slot.hva + ((gfn - slot.base) << PAGE_SHIFT))
+        if found is None:
+            return await _page_fault_slow(vm, vcpu, slot, gfn, write)
+        # Nobody can have overtaken this: it has no use for SRCU, nor for an earlier sequence.
+        with mmu.lock:
+            result = _map_or_retry(vm, vcpu, slot, gfn, found, write, mmu.invalidate_seq)
+    assert result is not None
+    if vm.trace:
+        vm.trace_fault(vcpu, gfn, write, result)
+    return result
+
+
+async def _page_fault_slow(
+    vm: VirtualMachine, vcpu: VCpu, slot: MemorySlot, gfn: int, write: bool
+) -> FaultResult:
+    """The rest of a page fault for which the host may have to do something."""
     result = None
     index = vm.srcu.read_lock()
     try:
-        slot = vm.memslots.find(gfn)
-        result = decide(vm, vcpu, slot, gfn, write)
-        if result is None and slot is not None:
-            mmu = vm.mmu
-            seq = mmu.invalidate_seq
-            found = await vm.lookup(slot.address(gfn), write)
-            with mmu.lock:
-                result = _map_or_retry(vm, vcpu, slot, gfn, found, write, seq)
-        assert result is not None
+        mmu = vm.mmu
+        seq = mmu.invalidate_seq
+        found = await vm.lookup(slot.address(gfn), write)
+        with mmu.lock:
+            result = _map_or_retry(vm, vcpu, slot, gfn, found, write, seq)
         return result
     except BadAddress:
-        counters["efault"] += 1
+        vm.counters["efault"] += 1
         raise
     finally:
         vm.srcu.read_unlock(index)
@@ -179,7 +196,8 @@ def direct_map(
     A small page goes into the vCPU's TLB as well: the access that faulted is done again at once,
     unless the vCPU has a ring, which may be full now.
     """
-    counters = vm.counters
+    counters, primary = vm.counters, vm.primary
+    assert primary is not None
     host_writable = found.writable and not slot.flags & READONLY
     table, page = slot.table, gfn - slot.base
     address = slot.hva + (page << PAGE_SHIFT)
@@ -207,8 +225,6 @@ def direct_map(
         vm.mark_page_dirty(vcpu, slot, page)
     if vm.on_map is not None:
         vm.on_map(gfn, host_writable, False)
-    primary = vm.primary
-    assert primary is not None
     primary.mark_young(address, address + PAGE_SIZE)
     if host_writable and vm.dirty_at_map:
         primary.set_dirty(address, address + PAGE_SIZE)

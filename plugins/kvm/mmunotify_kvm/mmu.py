@@ -72,7 +72,8 @@ class Mmu:
         self.invalidate_seq += 1
         self.invalidate_in_progress -= 1
         assert self.invalidate_in_progress >= 0, "a section ended that had not begun"
-        self.wake()
+        if self._over is not None:
+            self.wake()
 
     def reset(self) -> None:
         """Forget sections whose end will not come: the machine listens no more."""

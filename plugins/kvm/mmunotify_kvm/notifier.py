@@ -22,6 +22,7 @@ from .counters import new_counters
 from .log import AGED, RELEASED, UNBALANCED, UNMAPPED
 from .memslots import Memslots
 from .mmu import Mmu
+from .spte import PRESENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,6 +52,8 @@ class MmuNotifier(AtomicDriver):
         """Write an event for every page fault, zap and question of age."""
         self.dirty_at_map = True
         self.pfn_caches: Final[list[GfnToPfnCache]] = []
+        self._latest: tuple[Range | None, int] = (None, 0)
+        """The range of the section that was the last to meet a memslot, in which generation."""
         self._idle: anyio.Event | None = None
         self._log = Log(logger, driver=name)
 
@@ -66,8 +69,10 @@ class MmuNotifier(AtomicDriver):
         start, end = rng.start, rng.end
         if self.pfn_caches:
             self._invalidate_caches(start, end)
-        met = self.memslots.overlapping(start, end)
+        memslots = self.memslots
+        met = memslots.overlapping(start, end)
         if met:
+            self._latest = rng, memslots.generation
             mmu = self.mmu
             with mmu.lock:
                 mmu.begin()
@@ -77,9 +82,14 @@ class MmuNotifier(AtomicDriver):
         """Let faults in again."""
         mmu = self.mmu
         # Without a section that met a memslot this one has not: they have not changed since.
-        if mmu.invalidate_in_progress and self.memslots.overlapping(rng.start, rng.end):
-            with mmu.lock:
-                mmu.end()
+        if mmu.invalidate_in_progress:
+            latest, generation = self._latest
+            memslots = self.memslots
+            if (rng is latest and generation == memslots.generation) or memslots.overlapping(
+                rng.start, rng.end
+            ):
+                with mmu.lock:
+                    mmu.end()
         self.active -= 1
         assert self.active >= 0, f"{self.name}: a section ended that had not begun"
         if self._idle is not None and not self.active:
@@ -102,8 +112,11 @@ class MmuNotifier(AtomicDriver):
         mmu = self.mmu
         zapped = 0
         for slot in met:
-            first, last = _pages(slot, start, end)
-            mmu.range_add(slot.base + first, slot.base + last)
+            hva, base = slot.hva, slot.base
+            # `_pages` without a call: everything that anybody is told comes by here.
+            first = (start - hva) >> PAGE_SHIFT if start > hva else 0
+            last = (end - hva + PAGE_SIZE - 1) >> PAGE_SHIFT if end < slot.hva_end else slot.pages
+            mmu.range_add(base + first, base + last)
             zapped += self.zap(slot, first, last)
         counters = self.counters
         counters["zaps"] += 1
@@ -120,9 +133,12 @@ class MmuNotifier(AtomicDriver):
         mmu_lock is held: the flush comes before it is let go.
         """
         table = slot.table
-        if not table.pages_4k and not table.pages_2m:
-            return 0
         huge = table.pages_2m
+        if not huge:
+            if not table.pages_4k:
+                return 0
+            if last - first == 1 and not table.leaf[first] & PRESENT:
+                return 0
         sink = None if self.dirty_at_map else self._dirty_sink(slot)
         zapped = table.zap(first, last, sink)
         if zapped:

@@ -187,8 +187,6 @@ class SpteTable:
 
         A huge entry goes whole. `dirty` is told what the guest has written through them.
         """
-        if last - first == 1 and not self.pages_2m and not self.leaf[first] & PRESENT:
-            return 0
         zapped = self._zap_huge(first, last, dirty) if self.pages_2m else 0
         if self.pages_4k:
             if last - first <= _SCALAR:

@@ -387,6 +387,11 @@ class VirtualMachine(MmuNotifier):
         name = "efault" if result is None else result.name.lower()
         self._log.emit(PAGE_FAULT, vcpu=vcpu.id, gfn=gfn, write=write, result=name)
 
+    def lookup_nowait(self, address: int) -> Translation | None:
+        """A page that the host maps for writing now, else None (hva_to_pfn_fast)."""
+        found = self.primary.translate(address) if self.primary is not None else None
+        return found if found is not None and found.writable else None
+
     def lookup(self, address: int, write: bool) -> Awaitable[Translation]:
         """Ask the primary MMU for a page of the host; may suspend, may announce to this machine.
 

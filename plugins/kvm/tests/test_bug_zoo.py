@@ -55,6 +55,9 @@ def failure(scenario: Scenario, **options: Any) -> str:
 class SlowLookups(VirtualMachine):
     """Whose lookups take time: before the page is looked up, and before the answer is used."""
 
+    def lookup_nowait(self, address: int) -> mn.Translation | None:
+        return None
+
     async def lookup(self, address: int, write: bool) -> mn.Translation:
         await checkpoint()
         found = await super().lookup(address, write)

@@ -53,10 +53,15 @@ class LocalPermit:
                 code=2,
                 address=page << PAGE_SHIFT,
             )
-        exporter = self.exporter
-        async with exporter.using(self.segment, page):
+        exporter, segment = self.exporter, self.segment
+        found = None if self._released else exporter.look_up_nowait(segment, page)
+        if found is not None:
+            self._map(page, found)
+            return found
+        primary = exporter.get_memory(segment, page)
+        try:
             try:
-                found = await exporter.look_up(self.segment, page, write=write)
+                found = await exporter.look_up(segment, page, write=write)
             except BadAddress as error:
                 # As its fault handler: whatever is wrong over there is SIGBUS here.
                 raise bus_error(str(error.strerror), page << PAGE_SHIFT) from error
@@ -65,9 +70,14 @@ class LocalPermit:
                 raise BadAddress(
                     f"{page << PAGE_SHIFT:#x}: the permit is released", address=page << PAGE_SHIFT
                 )
-            self.ptes[page] = found
-            exporter.table.enter(page, page + 1, self)
+            self._map(page, found)
             return found
+        finally:
+            await primary.put()
+
+    def _map(self, page: int, found: Translation) -> None:
+        self.ptes[page] = found
+        self.exporter.table.enter_page(page, self)
 
     async def read_bytes(self, offset: int, size: int) -> bytes:
         """Bytes of the segment; each page as it is when its turn comes."""

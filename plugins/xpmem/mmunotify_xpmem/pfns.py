@@ -101,7 +101,7 @@ class PfnTable:
 
     def closed(self, first: int, last: int) -> bool:
         """Whether a section is open over any page of [first, last)."""
-        return any(first < high and low < last for low, high in self.open)
+        return bool(self.open) and any(first < high and low < last for low, high in self.open)
 
     def park(self, first: int, last: int, resume: Callable[[], object]) -> None:
         """Call `resume` once no section is open over [first, last)."""
@@ -217,6 +217,18 @@ class PfnTable:
             if again:
                 self._dropped -= again
                 counters["refaults"] += len(again)
+
+    def enter_page(self, page: int, holder: Holder) -> None:
+        """`enter` of one page, by a holder of this process."""
+        known = self.holders.get(page)
+        if known is None:
+            self.holders[page] = (holder,)
+        elif holder not in known:
+            self.holders[page] = (*known, holder)
+        self.counters["installed"] += 1
+        if page in self._dropped:
+            self._dropped.discard(page)
+            self.counters["refaults"] += 1
 
     def leave(self, holder: Holder, pages: Collection[int]) -> None:
         """`holder` has nothing of `pages` any more, and need not be told."""

@@ -357,14 +357,35 @@ class ThreadGroup:
 
     @asynccontextmanager
     async def using(self, segment: Segment, page: int) -> AsyncIterator[None]:
-        """Keep the address space while pages of it are looked up (mmget_not_zero)."""
-        primary = self.primary
-        if primary is None or not primary.tryget():
-            raise bus_error(f"segment {segment.segid:#x}: its process has exited", page << 12)
+        """Keep the address space while pages of it are looked up."""
+        primary = self.get_memory(segment, page)
         try:
             yield
         finally:
             await primary.put()
+
+    def get_memory(self, segment: Segment, page: int) -> Primary:
+        """The address space with a reference, to be put (mmget_not_zero). Raises `bus_error`."""
+        primary = self.primary
+        if primary is None or not primary.tryget():
+            raise bus_error(f"segment {segment.segid:#x}: its process has exited", page << 12)
+        return primary
+
+    def look_up_nowait(self, segment: Segment, page: int) -> Translation | None:
+        """`look_up` of a page that is there and writable; None if it may take more than a look.
+
+        Nothing can come between the look and the table, so no reference is needed.
+        """
+        primary = self.primary
+        if (
+            primary is None
+            or self.pin
+            or segment.state is not State.LIVING
+            or self.table.closed(page, page + 1)
+        ):
+            return None
+        found = primary.translate(page << PAGE_SHIFT)
+        return found if found is not None and found.writable else None
 
     async def look_up(self, segment: Segment, page: int, *, write: bool) -> Translation:
         """Make a page present and pin it if pages are; waits while a section is open over it.

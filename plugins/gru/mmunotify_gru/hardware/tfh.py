@@ -44,7 +44,6 @@ class TfhStatus(enum.Enum):
 # Members of an enum as globals: looked up in their class they cost more than the rest (3.11).
 _INACTIVE: Final = TfhState.INACTIVE
 _IDLE: Final = TfhState.IDLE
-_MISS_FMM: Final = TfhState.MISS_FMM
 _MISS_UPM: Final = TfhState.MISS_UPM
 _NO_MISS: Final = TfhStatus.IDLE
 _EXCEPTION: Final = TfhStatus.EXCEPTION
@@ -53,12 +52,14 @@ _EXCEPTION: Final = TfhStatus.EXCEPTION
 class Tfh:
     """The fault handle of one control block."""
 
-    __slots__ = ("address", "cbr", "disarmed", "state", "status", "tag", "write")
+    __slots__ = ("address", "cbr", "disarmed", "missing", "state", "status", "tag", "write")
 
     def __init__(self, cbr: Cbr) -> None:
         self.cbr: Final = cbr
         self.state = _INACTIVE
         self.status = _NO_MISS
+        self.missing = False
+        """Whether a miss waits to be served: the state is MISS_FMM or MISS_UPM."""
         self.address = 0
         """missvaddr: the address that has no translation."""
         self.tag = 0
@@ -68,11 +69,6 @@ class Tfh:
         self.disarmed = 0
         """Counts the invalidates that hit the miss; what `read` gives and a restart compares."""
 
-    @property
-    def missing(self) -> bool:
-        """Whether a miss waits to be served."""
-        return self.state is _MISS_FMM or self.state is _MISS_UPM
-
     def raise_miss(self, tag: int, address: int, write: bool, state: TfhState) -> None:
         """The hardware's side: the block has missed."""
         self.address = address
@@ -80,6 +76,7 @@ class Tfh:
         self.write = write
         self.state = state
         self.status = _EXCEPTION
+        self.missing = True
         self.cbr.chiplet.missing[self.cbr.number] = self
 
     def read(self) -> int:
@@ -99,7 +96,8 @@ class Tfh:
         if accepted:
             cbr.chiplet.tlb.insert(self.tag, entry)
         self._over()
-        cbr.resume()
+        if not cbr.running:
+            cbr.resume()
         return accepted
 
     def accepts(self, seen: int) -> bool:
@@ -141,4 +139,5 @@ class Tfh:
     def _over(self) -> None:
         self.state = _INACTIVE
         self.status = _NO_MISS
+        self.missing = False
         del self.cbr.chiplet.missing[self.cbr.number]

@@ -51,18 +51,20 @@ class Tgh:
         tag = asid + (address >> REGION_SHIFT & (REGIONS - 1))
         count = (field & (PURGE_ALL - 1)) + 1
         self.invalidates += 1
+        dropped = NOTHING
         if count == PURGE_ALL:
-            start, end = 0, ADDRESS_END
             pages, huge = chiplet.tlb.invalidate_tag(tag)
-            dropped = Dropped(pages, huge) if pages or huge else NOTHING
+            if pages or huge:
+                dropped = Dropped(pages, huge)
         else:
-            first = address >> shift
-            start, end = first << shift, (first + count) << shift
-            dropped = NOTHING
-            found = chiplet.tlb.invalidate(tag, first, count, shift)
+            found = chiplet.tlb.invalidate(tag, address >> shift, count, shift)
             if found:
                 dropped = Dropped(found, ()) if shift == PAGE_SHIFT else Dropped((), found)
         if chiplet.missing:
+            start, end = 0, ADDRESS_END
+            if count != PURGE_ALL:
+                start = address >> shift << shift
+                end = start + (count << shift)
             for tfh in chiplet.missing.values():
                 tfh.invalidated(tag, start, end, contexts)
         return dropped
