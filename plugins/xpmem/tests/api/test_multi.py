@@ -104,7 +104,7 @@ async def fill(exported: Any, pages: int) -> None:
         await exported.mm.write(exported.address + page * PAGE, (page + 1).to_bytes(4, "little"))
 
 
-def numbers(data: bytes) -> list[int]:
+def numbers(data: bytes | bytearray) -> list[int]:
     return [int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data), PAGE)]
 
 
@@ -152,6 +152,26 @@ async def test_simple_one_to_many_sparse(world: World, peers: int, pages: int) -
             attachment = await attached(w, exported)
             for page in range(0, pages, 3):
                 assert numbers(await attachment.read(page * PAGE, PAGE)) == [page + 1]
+
+
+@many
+async def test_simple_one_to_many_memcpy(world: World, peers: int, pages: int) -> None:
+    """Each peer copies the whole segment in one go, and copies something else back over it."""
+    async with world() as w:
+        exported = await w.exporter(pages=pages)
+        await fill(exported, pages)
+        expected = list(range(1, pages + 1))
+        for peer in range(peers):
+            attachment = await attached(w, exported)
+            memory = bytearray(attachment.size)
+            await attachment.read_into(memory)
+            assert numbers(memory) == expected
+            expected = [number + peer + 1 for number in expected]
+            for page, number in enumerate(expected):
+                memory[page * PAGE : page * PAGE + 4] = number.to_bytes(4, "little")
+            await attachment.write(0, bytes(memory))
+            await attachment.detach()
+        assert numbers(await exported.load(0, pages * PAGE)) == expected
 
 
 @many
@@ -219,19 +239,25 @@ async def test_sequential_multi(world: World, peers: int, pages: int) -> None:
         assert await exported.load(PAGE - 1, 1) == bytes([peers])
 
 
-async def test_fork_of_the_exporter(world: World) -> None:
+@many
+async def test_fork_of_the_exporter(world: World, peers: int, pages: int) -> None:
     """Both sides write after a fork; importers stay with the one that has exported."""
+    pages = min(pages, 200)
     async with world() as w:
-        exported = await w.exporter(pages=4)
-        attachment = await attached(w, exported)
-        await fill(exported, 4)
-        await attachment.read()
+        exported = await w.exporter(pages=pages)
+        attachments = [await attached(w, exported) for _ in range(peers)]
+        await fill(exported, pages)
+        for attachment in attachments:
+            await attachment.read()
         child = await exported.mm.fork()
-        for page in range(4):
+        for page in range(pages):
             await child.write(exported.address + page * PAGE, b"child")
-        await attachment.write(0, b"peer")
-        assert await exported.load(0, 4) == b"peer"
-        assert numbers(await attachment.read(PAGE, 3 * PAGE)) == [2, 3, 4]
+        for peer, attachment in enumerate(attachments):
+            await attachment.write(8 * (peer + 1), b"peer")
+        for peer, attachment in enumerate(attachments):
+            assert await exported.load(8 * (peer + 1), 4) == b"peer"
+            assert numbers(await attachment.read()) == list(range(1, pages + 1))
+        assert await child.read(exported.address, 8) == b"child\0\0\0"
         await child.exit()
 
 
