@@ -86,7 +86,7 @@ class Ksm:
         seen[key] = contents
         node = self._stable_node(contents)
         if node is not None:
-            await self._merge(mm, vma, page, frame, node)
+            await self._merge(mm, page, frame, node)
             return
         if self._seen.get(key) != contents:
             return
@@ -107,10 +107,7 @@ class Ksm:
         words[frame] = words[frame] & ~fr.PG_EXCLUSIVE | fr.PG_KSM
         self.machine.frames.set_owner(frame, node.number, 0)
         self._stable[contents] = node
-        mm2, page2, frame2 = other
-        vma2 = mm2.find_vma(page2)
-        if vma2 is not None:
-            await self._merge(mm2, vma2, page2, frame2, node)
+        await self._merge(*other, node)
 
     def _candidate(self, mm: AddressSpace[Any], page: int) -> int:
         """The frame of a small anonymous page that nobody else maps or holds, or -1."""
@@ -161,9 +158,7 @@ class Ksm:
             and bytes(self.machine.contents_of(frame)) == contents
         )
 
-    async def _merge(
-        self, mm: AddressSpace[Any], vma: Vma, page: int, frame: int, node: StableNode
-    ) -> None:
+    async def _merge(self, mm: AddressSpace[Any], page: int, frame: int, node: StableNode) -> None:
         """Write-protect a page and let its entry map the stable copy (replace_page)."""
         frames = self.machine.frames
         contents = bytes(self.machine.contents_of(node.frame))
@@ -177,7 +172,9 @@ class Ksm:
                 return
             async with mm.section(page, page + 1, Event.CLEAR):
                 entry = mm.pt.get(page)
-                if self._unchanged(mm, page, frame, contents):
+                # Looked up only now: VMAs are split and merged while sections begin and end.
+                vma = mm.find_vma(page)
+                if vma is not None and self._unchanged(mm, page, frame, contents):
                     node.items.append(_item(vma, page))
                     frames.word[node.frame] += fr.MAPPED_ONCE
                     keep = entry & ~f.PFN_MASK
