@@ -14,7 +14,7 @@ import inspect
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
-from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of
+from .drivers import AnyDriver, DeferredDriver, SleepableDriver, kind_of, tries_plainly
 from .errors import ScheduleWhileAtomic
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class Call(NamedTuple):
     """Whether it is a coroutine function."""
     name: str
     """The callback's name in the driver, or WATCHER: not a driver's."""
+    plain: Callable[..., Any] | None = None
+    """What is tried before a coroutine is awaited; it need not be, unless the answer is False."""
 
 
 class Watcher(Protocol):
@@ -103,6 +105,7 @@ class Audience:
         "concurrent",
         "distrusted",
         "end_calls",
+        "ending",
         "ends",
         "ends_suspend",
         "nonblock_calls",
@@ -111,13 +114,13 @@ class Audience:
         "page_calls",
         "quarantined",
         "start_calls",
+        "starting",
         "starts",
         "subscriptions",
-        "suspending_ends",
-        "suspending_starts",
         "suspends",
         "sync_calls",
         "test_young",
+        "tries",
     )
 
     def __init__(
@@ -149,38 +152,47 @@ class Audience:
         """Whether somebody can only be told by a coroutine."""
         self.ends_suspend = any(call.suspends for call in self.end_calls)
         self.concurrent = sum(sub.driver.concurrent for sub in self.subscriptions) > 1
-        # What the fast paths walk: the callbacks alone, all of one colour; see forget_who_left.
+        # What the fast paths walk, instead of calls; see forget_who_left.
         self.starts = tuple(call.callback for call in self.start_calls)
         self.ends = tuple(call.callback for call in self.end_calls)
-        self.suspending_starts = list(map(_suspending, self.start_calls))
-        self.suspending_ends = list(map(_suspending, self.end_calls))
+        self.starting = list(map(_pair, self.start_calls))
+        self.ending = list(map(_pair, self.end_calls))
         self.call_of = {
             callback: call
-            for callbacks, calls in (
-                (self.starts, self.start_calls),
-                (self.ends, self.end_calls),
-                (self.suspending_starts, self.start_calls),
-                (self.suspending_ends, self.end_calls),
+            for calls, pairs in (
+                (self.start_calls, self.starting),
+                (self.end_calls, self.ending),
             )
-            for callback, call in zip(callbacks, calls, strict=True)
+            for call, pair in zip(calls, pairs, strict=True)
+            for callback in (call.callback, *pair)
+            if callback is not None
         }
-        """Which call a callback of the four above is."""
+        """Which call a callback of those above and below is."""
+        plain = [call.plain if call.suspends else call.callback for call in self.start_calls]
+        self.tries: tuple[Callable[..., Any], ...] = tuple(filter(None, plain))
+        """What a start in one step walks: who has to wait answers False."""
         if self.suspends:
-            self.starts = self.ends = (self.refuse,)
+            if None in plain or self.ends_suspend or self.concurrent or self.sync_calls:
+                self.tries = (_somebody_waits,)
+            self.starts = (self.refuse,)
+        if self.ends_suspend:
+            self.ends = (self.refuse,)
+
+    @property
+    def nowait(self) -> bool:
+        """Whether a section may be told in one step, and leaves nothing to finish."""
+        return not self.sync_calls and self.tries != (_somebody_waits,)
 
     def forget_who_left(self) -> None:
         """Tell open sections only to who is still on the list.
 
         In place: a walk may be suspended in the middle of one of these lists.
         """
-        for callbacks, calls in (
-            (self.suspending_starts, self.start_calls),
-            (self.suspending_ends, self.end_calls),
-        ):
+        for pairs, calls in ((self.starting, self.start_calls), (self.ending, self.end_calls)):
             for position, call in enumerate(calls):
                 if not call.subscription.hashed:
-                    callbacks[position] = _nothing
-        if not self.suspends:
+                    pairs[position] = (_nothing, None)
+        if not self.ends_suspend:
             self.ends = tuple(end for end in self.ends if self.call_of[end].subscription.hashed)
 
     @property
@@ -203,7 +215,7 @@ class Audience:
 
     def _calls(self, *names: str) -> tuple[Call, ...]:
         return tuple(
-            Call(sub, _own(sub.driver, name), suspends, name)
+            Call(sub, _own(sub.driver, name), suspends, name, _first(sub.driver, name))
             for sub in self.subscriptions
             for name, suspends in _overridden(sub.driver, names)
         )
@@ -246,17 +258,29 @@ async def _nothing(*args: object) -> None:
     """What is called instead of the callbacks of who has left."""
 
 
-def _suspending(call: Call) -> Callable[..., Awaitable[object]]:
-    """The callback as a coroutine function, whatever its colour."""
+def _somebody_waits(rng: object) -> bool:
+    """What is tried where somebody can only be told by a coroutine."""
+    return False
+
+
+def _first(driver: AnyDriver, name: str) -> Callable[..., Any] | None:
+    """What is tried before the callback of that name, if anything is."""
+    if name == "invalidate_range_start" and tries_plainly(driver):
+        return _own(driver, name + "_nonblock")
+    return None
+
+
+def _pair(call: Call) -> tuple[Callable[..., Awaitable[object]], Callable[..., Any] | None]:
+    """A coroutine function, to be awaited unless there is a plain one that does not say False."""
     callback = call.callback
     if call.suspends:
-        return callback
+        return callback, call.plain
 
     @wraps(callback)
-    async def plain(*args: object) -> None:
-        callback(*args)
+    async def done(*args: object) -> None:
+        """Nothing is left to do."""
 
-    return plain
+    return done, callback
 
 
 _SECTION_CALLBACKS: Final = (
@@ -273,6 +297,8 @@ def _overridden(driver: AnyDriver, names: tuple[str, ...]) -> Iterator[tuple[str
     """Those of the callbacks that the driver has written itself, and whether each suspends."""
     kind = kind_of(type(driver))
     for name in names:
+        if name == "invalidate_range_end" and tries_plainly(driver):
+            name += "_nonblock"
         default = getattr(kind, name, None)
         if default is None:
             continue

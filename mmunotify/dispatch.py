@@ -49,6 +49,8 @@ class Dispatch:
         """Whether anybody has to be told; a plain attribute, for call sites to test."""
         self.plain = True
         """Whether all who are told can be told in one step: no coroutine, nothing to finish."""
+        self.nowait = True
+        """Whether they can unless one of them finds that it has to wait; see `nonblock_first`."""
         self._log = log.Log(logger, mm=name)
         self._thread = 0
         self._token: Any = None
@@ -120,9 +122,10 @@ class Dispatch:
         srcu = self.srcu
         index = srcu.read_lock()
         try:
-            for start in told.suspending_starts:
+            for start, plainly in told.starting:
                 try:
-                    await start(rng)
+                    if plainly is None or plainly(rng) is False:
+                        await start(rng)
                 except BaseException as exc:
                     call = told.call_of[start]
                     if not self._survives(call, exc, rng):
@@ -139,17 +142,18 @@ class Dispatch:
         lands in, whose driver is quarantined, and is raised when the others have been told. Returns
         who is quarantined by then: leak the pages of the section instead of reusing them.
         """
-        if not told.suspends:
+        if not told.ends_suspend:
             return self.invalidate_range_end_atomic(rng, told)
         interrupted: BaseException | None = None
-        if told.ends_suspend and not told.concurrent:
+        if not told.concurrent:
             srcu = self.srcu
             index = srcu.read_lock()
             try:
                 with CancelScope(shield=True):
-                    for end in told.suspending_ends:
+                    for end, plainly in told.ending:
                         try:
-                            await end(rng)
+                            if plainly is None or plainly(rng) is False:
+                                await end(rng)
                         except BaseException as exc:
                             interrupted = self._raised(told.call_of[end], exc, rng) or interrupted
             finally:
@@ -191,6 +195,30 @@ class Dispatch:
                     raise
         return told
 
+    def invalidate_range_start_nowait(self, rng: Range) -> Audience | None:
+        """`invalidate_range_start` in one step, or None: a driver has to be awaited.
+
+        For callers that can do either, so not under spinlocks. With None nothing has begun: who had
+        been told the start has been told the end.
+        """
+        told = self._audience
+        told.open += 1
+        for start in told.tries:
+            try:
+                answer = start(rng)
+            except BaseException as exc:
+                call = told.call_of[start]
+                if not self._survives(call, exc, rng):
+                    done = _before(call, told.start_calls)
+                    self._undo_plain(told, done, told.end_calls, rng)
+                    raise
+            else:
+                if answer is False:
+                    done = told.start_calls[: told.tries.index(start)]
+                    self._undo_plain(told, done, told.end_calls, rng)
+                    return None
+        return told
+
     def invalidate_range_end_atomic(self, rng: Range, told: Audience) -> Failed:
         """`invalidate_range_end` in one step, legal under spinlocks.
 
@@ -201,7 +229,7 @@ class Dispatch:
             try:
                 end(rng)
             except BaseException as exc:
-                if told.suspends:
+                if told.ends_suspend:
                     raise
                 return self._end_raised(told, told.call_of[end], rng, exc)
         told.open -= 1
@@ -420,6 +448,7 @@ class Dispatch:
         self._audience = self._listed()
         self.armed = bool(self._subscriptions) or self._tracer is not None
         self.plain = not (self._audience.suspends or self._audience.sync_calls)
+        self.nowait = self._audience.nowait
         if old.open:
             self._draining.append(old)
         for told in self._draining:
@@ -502,14 +531,14 @@ class Dispatch:
         self, call: Call, what: Range | int, interruptions: list[BaseException]
     ) -> None:
         """One call of `_tell`: whatever it raises, the others are still told."""
-        sub, callback, suspends, _ = call
+        sub, callback, suspends, _, plain = call
         if not sub.hashed:
             return
         try:
-            if suspends:
-                await callback(what)
-            else:
+            if not suspends:
                 callback(what)
+            elif plain is None or plain(what) is False:
+                await callback(what)
         except BaseException as exc:
             interrupted = self._raised(call, exc, what)
             if interrupted is not None:
@@ -524,14 +553,14 @@ class Dispatch:
 
     async def _begin(self, call: Call, rng: Range, done: list[Call]) -> None:
         """One start among concurrent ones: `done` gets it when it has succeeded."""
-        sub, start, suspends, _ = call
+        sub, start, suspends, _, plain = call
         if not sub.hashed:
             return
         try:
-            if suspends:
-                await start(rng)
-            else:
+            if not suspends:
                 start(rng)
+            elif plain is None or plain(rng) is False:
+                await start(rng)
         except BaseException as exc:
             if not self._survives(call, exc, rng):
                 raise
@@ -712,6 +741,7 @@ CALLING: Final = {
         (Dispatch.invalidate_range_start, "start"),
         (Dispatch.invalidate_range_end, "end"),
         (Dispatch.invalidate_range_start_atomic, "start"),
+        (Dispatch.invalidate_range_start_nowait, "start"),
         (Dispatch.invalidate_range_end_atomic, "end"),
         (Dispatch.invalidate_range_start_nonblock, "call"),
         (Dispatch._begin, "start"),

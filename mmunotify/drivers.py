@@ -25,7 +25,7 @@ import inspect
 from typing import TYPE_CHECKING, ClassVar, Final, TypeAlias
 from weakref import WeakSet
 
-from .errors import UnknownCallback, WrongColour
+from .errors import DriverError, UnknownCallback, WrongColour
 from .ranges import PAGE_SIZE, Event, Range, page_down
 
 if TYPE_CHECKING:
@@ -148,6 +148,14 @@ class SleepableDriver(Driver):
     reaper), the plain `_nonblock` forms are called instead.
     """
 
+    nonblock_first: ClassVar[bool] = False
+    """Opt in to being told every start by `invalidate_range_start_nonblock`, and awaited only where
+    it answers False; the end is then always `invalidate_range_end_nonblock`.
+
+    For drivers that mostly have nothing to wait for: where all drivers are so, or atomic, a section
+    takes one step.
+    """
+
     async def invalidate_range_start(self, rng: Range) -> None:
         """Drop every translation inside `rng` and make no new one there until the end.
 
@@ -165,8 +173,13 @@ class SleepableDriver(Driver):
     async def invalidate_page(self, address: int) -> None:
         """2008's single-page form, after the page table lock was dropped (patch 03)."""
         rng = one_page(address)
-        await self.invalidate_range_start(rng)
-        await self.invalidate_range_end(rng)
+        if self.nonblock_first:
+            if not self.invalidate_range_start_nonblock(rng):
+                await self.invalidate_range_start(rng)
+            self.invalidate_range_end_nonblock(rng)
+        else:
+            await self.invalidate_range_start(rng)
+            await self.invalidate_range_end(rng)
 
     def invalidate_range_start_nonblock(self, rng: Range) -> bool:
         """The start of a section that must not suspend. False is -EAGAIN: "I would have to wait".
@@ -228,6 +241,11 @@ def kind_of(driver_class: type[Driver]) -> type[AnyDriver]:
     return kinds[0]
 
 
+def tries_plainly(driver: AnyDriver) -> bool:
+    """Whether a driver's plain `_nonblock` forms come before its coroutines."""
+    return isinstance(driver, SleepableDriver) and driver.nonblock_first
+
+
 def check_driver(driver: AnyDriver) -> None:
     """Raise DriverError like `check_driver_class`, also for callbacks set on the instance."""
     if not isinstance(driver, KINDS):
@@ -251,6 +269,8 @@ def check_driver_class(driver_class: type[Driver]) -> None:
     kind = kind_of(driver_class)
     for name in CALLBACKS[kind]:
         _check_colour(kind, driver_class, name, getattr(driver_class, name))
+    if issubclass(driver_class, SleepableDriver) and driver_class.nonblock_first:
+        _check_nonblock_first(driver_class)
     for name in dir(driver_class):
         if name.startswith("_") or name in CALLBACKS[kind]:
             continue
@@ -270,6 +290,18 @@ def check_driver_class(driver_class: type[Driver]) -> None:
                 f"did you mean {close[0]}?"
             )
     _checked.add(driver_class)
+
+
+def _check_nonblock_first(driver_class: type[SleepableDriver]) -> None:
+    name = driver_class.__qualname__
+    start = "invalidate_range_start_nonblock"
+    if getattr(driver_class, start) is getattr(SleepableDriver, start):
+        raise DriverError(f"{name} is nonblock_first: expected it to define {start}")
+    if driver_class.invalidate_range_end is not SleepableDriver.invalidate_range_end:
+        raise UnknownCallback(
+            f"{name}.invalidate_range_end: expected invalidate_range_end_nonblock, because {name} "
+            "is nonblock_first; nobody would call it"
+        )
 
 
 def _check_colour(

@@ -157,7 +157,7 @@ class Tracer:
             self._failed(exc)
 
     def _wrapped(self, call: Call) -> Call:
-        callback = call.callback
+        callback, first = call.callback, call.plain
 
         def began(args: tuple[Any, ...]) -> tuple[int, int | None, Range | tuple[int, int], int]:
             what = args[0]
@@ -177,12 +177,13 @@ class Tracer:
             async def suspending(*args: Any) -> Any:
                 span, parent, what, at = began(args)
                 try:
-                    return await callback(*args)
+                    if first is None or first(*args) is False:
+                        return await callback(*args)
                 finally:
                     took = time.monotonic_ns() - at
                     self._record(log.CALLBACK, span, parent, "end", what, took, call)
 
-            return call._replace(callback=suspending)
+            return call._replace(callback=suspending, plain=None)
 
         @wraps(callback)
         def plain(*args: Any) -> Any:

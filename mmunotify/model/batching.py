@@ -80,9 +80,13 @@ class Section:
         if self._batched:
             self.gather.hold = True
         elif not self._page:
-            if not (notifiers.plain or self.outside):
+            if self.outside:
+                self._begun(notifiers.invalidate_range_start_atomic(rng))
+                return READY
+            told = notifiers.invalidate_range_start_nowait(rng)
+            if told is None:
                 return self._start(rng)
-            self._begun(notifiers.invalidate_range_start_atomic(rng))
+            self._begun(told)
         return READY
 
     async def _start(self, rng: Range) -> None:
@@ -97,7 +101,7 @@ class Section:
         rng, told = self.rng, self._told
         if rng is None:
             return READY
-        if told is None or told.suspends or told.sync_calls:
+        if told is None or told.ends_suspend or told.sync_calls:
             return self._end(rng)
         self.mm.notifiers.invalidate_range_end_atomic(rng, told)
         if self._locked and (self.gather.held or self.outside):

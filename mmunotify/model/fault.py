@@ -225,12 +225,12 @@ def _copy_nowait(
 ) -> int:
     """`wp_page_copy` in one step, where nobody has to be awaited."""
     notifiers = mm.notifiers
-    if not notifiers.plain:
+    machine = mm.machine
+    if not notifiers.plain and (machine.era == "v16" or not notifiers.nowait):
         return RETRY
     new = _new_anon(mm, vma, page)
     if new < 0:
         return RETRY
-    machine = mm.machine
     frames = machine.frames
     zero = entry & f.PTE_SPECIAL
     old = (entry & f.PFN_MASK) >> PAGE_SHIFT
@@ -243,17 +243,20 @@ def _copy_nowait(
     failed: object = ()
     if notifiers.armed:
         rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
-        mm.announced.append(rng)
         try:
             if machine.era == "v16":
                 pte[page & 511] = 0
                 failed = notifiers.invalidate_page_atomic(rng.start).failed
             else:
-                told = notifiers.invalidate_range_start_atomic(rng)
+                told = notifiers.invalidate_range_start_nowait(rng)
+                if told is None:
+                    frames.free_one(new, frames.word[new])
+                    return RETRY
         except BaseException:
             pte[page & 511] = entry
             frames.free_one(new, frames.word[new])
             raise
+        mm.announced.append(rng)
     pte[page & 511] = copied
     if mm.tlb is not None:
         mm.tlb.flush(page, page + 1)

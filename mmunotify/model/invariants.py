@@ -35,7 +35,13 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from mmunotify import log
-from mmunotify.drivers import AtomicDriver, DeferredDriver, Driver, SleepableDriver
+from mmunotify.drivers import (
+    AtomicDriver,
+    DeferredDriver,
+    Driver,
+    SleepableDriver,
+    tries_plainly,
+)
 from mmunotify.errors import CalledFromCallback, InvariantViolated, LockError
 from mmunotify.intervals import AtomicIntervals, SleepableIntervals
 from mmunotify.ranges import PAGE_SHIFT
@@ -56,6 +62,7 @@ if TYPE_CHECKING:
 _COUNTED = f.PTE_PRESENT | f.PTE_USER
 _BASES = (Driver, AtomicDriver, SleepableDriver, DeferredDriver)
 _WRONG_CONTEXT = (LockError, CalledFromCallback)
+_ENDS = {"invalidate_range_end", "invalidate_range_end_nonblock"}
 _LATEST = 256
 
 
@@ -171,7 +178,11 @@ class _Watched:
 
     def _awaits_end(self, name: str) -> bool:
         sub = self.known.get(name)
-        return sub is not None and sub.hashed and _has(sub.driver, "invalidate_range_end")
+        return (
+            sub is not None
+            and sub.hashed
+            and (_has(sub.driver, "invalidate_range_end") or tries_plainly(sub.driver))
+        )
 
     def _callback(self, record: log.Record, span: int) -> None:
         driver = str(record.driver)
@@ -186,7 +197,7 @@ class _Watched:
                 section.awaited -= 1
                 if section.awaited <= 0 and section.told is None:
                     section.told = self.checker.step
-        elif record.callback == "invalidate_range_end" and record.phase == "start":
+        elif record.callback in _ENDS and record.phase == "start":
             if span not in self.open:
                 raise self._broken("I-PAIR", f"{driver} is told an end outside of any section")
             starts = sub is not None and _has(sub.driver, "invalidate_range_start")

@@ -215,6 +215,7 @@ class Reclaim:
         vma = owner.tree.vmas[0]
         mm = vma.mm
         notifiers, leaves = mm.notifiers, mm.pt.leaves
+        one_step = notifiers.plain or (notifiers.nowait and machine.era != "v16")
         if vma.flags & f.VM_LOCKED or not mm.users or not owner.lock.down_read_trylock():
             return 0, 0
         first, freed = at, 0
@@ -230,7 +231,7 @@ class Reclaim:
                     break
                 pte = leaf.pte
                 entry = pte[page & 511]
-                if entry & _MAPPING != frame << PAGE_SHIFT | f.PTE_PRESENT or not notifiers.plain:
+                if entry & _MAPPING != frame << PAGE_SHIFT | f.PTE_PRESENT or not one_step:
                     break
                 at += 1
                 young = 0
@@ -250,7 +251,11 @@ class Reclaim:
                 elif young:
                     word |= fr.PG_ACTIVE if word & fr.PG_REFERENCED else fr.PG_REFERENCED
                 elif swap.free:
-                    freed += self._swap_out(mm, pte, page, frame)
+                    gone = self._swap_out(mm, pte, page, frame)
+                    if gone is None:
+                        at -= 1
+                        break
+                    freed += gone
                     continue
                 else:
                     word = word & ~fr.PG_REFERENCED | fr.PG_ACTIVE
@@ -262,16 +267,21 @@ class Reclaim:
             lru.append_all(inactive, lists.INACTIVE_ANON)
         return at - first, freed
 
-    def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int:
-        """Put the only copy of a page where its entry says, announce it, and free the frame."""
+    def _swap_out(self, mm: AddressSpace[Any], pte: Any, page: int, frame: int) -> int | None:
+        """Put the only copy of a page where its entry says, announce it, and free the frame.
+
+        Whether it was freed; None, and nothing is done, if a driver has to wait.
+        """
         machine = self.machine
         frames, swap, notifiers = machine.frames, machine.swap, mm.notifiers
         rng = told = None
         if notifiers.armed:
             rng = Range(page << PAGE_SHIFT, (page + 1) << PAGE_SHIFT, Event.CLEAR)
-            mm.announced.append(rng)
             if machine.era != "v16":
-                told = notifiers.invalidate_range_start_atomic(rng)
+                told = notifiers.invalidate_range_start_nowait(rng)
+                if told is None:
+                    return None
+            mm.announced.append(rng)
         slot = swap.swap_out(frame)
         word = frames.word[frame]
         left = slot << PAGE_SHIFT | f.SWP_SWAP | pte[page & 511] & f.PTE_UFFD_WP

@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BITS: Final = 64
-_ANNOUNCE: Final = frozenset(("invalidate_range_start", "invalidate_range", "invalidate_page"))
+_START_NONBLOCK: Final = "invalidate_range_start_nonblock"
+_ANNOUNCE: Final = frozenset(
+    ("invalidate_range_start", _START_NONBLOCK, "invalidate_range", "invalidate_page")
+)
 _TIMED: Final = (
     *("invalidate_range_start", "invalidate_range_end", "invalidate_page"),
+    *(_START_NONBLOCK, "invalidate_range_end_nonblock"),
     *("invalidate_range", "invalidate_range_sync"),
     *("clear_flush_young", "clear_young", "test_young", "release"),
 )
@@ -99,14 +103,17 @@ class Meter:
                 sums[0] += took
 
         def announced(what: Any) -> Any:
-            sums[1] += 1 if page else (what.end - what.start) >> PAGE_SHIFT
             began = perf_counter_ns()
+            answer = True
             try:
-                return callback(what)
+                answer = callback(what)
             finally:
                 took = perf_counter_ns() - began
                 bits[took.bit_length()] += 1
                 sums[0] += took
+                if answer is not False:  # else it is told again, by a coroutine
+                    sums[1] += 1 if page else (what.end - what.start) >> PAGE_SHIFT
+            return answer
 
         return announced if name in _ANNOUNCE else timed
 

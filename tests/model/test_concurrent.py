@@ -72,11 +72,46 @@ class Sleepy(mn.SleepableDriver):
         await anyio.lowlevel.checkpoint()
 
 
+class Moody(Sleepy):
+    """Has to wait in every third section or so, and says so when it is asked."""
+
+    nonblock_first = True
+    invalidate_range_end = mn.SleepableDriver.invalidate_range_end
+    asked = 0
+    open = 0
+
+    def invalidate_range_start_nonblock(self, rng: mn.Range) -> bool:
+        self.asked += 1
+        if self.asked % 3 == 0:
+            return False
+        self.open += 1
+        return True
+
+    async def invalidate_range_start(self, rng: mn.Range) -> None:
+        await super().invalidate_range_start(rng)
+        self.open += 1
+
+    def invalidate_range_end_nonblock(self, rng: mn.Range) -> None:
+        self.open -= 1
+        assert self.open >= 0
+
+    async def release(self) -> None:
+        assert self.open == 0
+
+
 class Program:
     """One task: its pages of an address space's memory and of a file, and what they must hold."""
 
-    def __init__(self, mm: AddressSpace[mn.RwSems], base: int, at: int, file: File) -> None:
+    def __init__(
+        self,
+        mm: AddressSpace[mn.RwSems],
+        driver: mn.SleepableDriver,
+        base: int,
+        at: int,
+        file: File,
+    ) -> None:
         self.mm = mm
+        self.driver = driver
         self.private = base + at * PAGES * PAGE
         self.spare = base + (64 + at * PAGES) * PAGE
         self.shared = base + (128 + at * PAGES) * PAGE
@@ -151,8 +186,9 @@ class Program:
                 await mm.madvise(address, size, "unmergeable")
             case "fork":
                 child = await mm.fork(name="child")
-                await child.register(Sleepy())
-                heir = Program(child, 0, 0, self.file)
+                driver = type(self.driver)()
+                await child.register(driver)
+                heir = Program(child, driver, 0, 0, self.file)
                 heir.private, heir.shared = self.private, self.shared
                 heir.bytes = dict(self.bytes)
                 for page in range(first, last):
@@ -171,27 +207,31 @@ class Program:
                 assert found == self.bytes.get((shared, page), 0), (shared, page)
 
 
-async def run_together(written: list[list[Step]], batching: Batching) -> None:
+async def run_together(
+    written: list[list[Step]], batching: Batching, kind: type[mn.SleepableDriver]
+) -> None:
     async with Machine(frames=96, swap=1024, contents=True, batching=batching) as machine:
-        with InvariantChecker(machine):
+        # Who is traced is not told in one step.
+        with InvariantChecker(machine) if kind is Sleepy else contextlib.nullcontext():
             file = machine.file(4 * PAGES)
-            spaces: list[tuple[AddressSpace[mn.RwSems], int]] = []
+            spaces: list[tuple[AddressSpace[mn.RwSems], mn.SleepableDriver, int]] = []
             for name in ("P", "Q"):
                 mm = machine.new_mm(name)
-                await mm.register(Sleepy())
+                driver = kind()
+                await mm.register(driver)
                 base = await mm.mmap(256 * PAGE)
                 await mm.munmap(base, 256 * PAGE)
                 await mm.mmap(2 * PAGES * PAGE, flags=FIXED, addr=base)
                 flags = f.MAP_SHARED | f.MAP_FIXED
                 await mm.mmap(4 * PAGES * PAGE, flags=flags, file=file, addr=base + 128 * PAGE)
-                spaces.append((mm, base))
+                spaces.append((mm, driver, base))
             # The third and fourth task live in Q, on other pages of the file.
             tasks = [
                 Program(*spaces[number // 2], number % 2, file) for number in range(len(written))
             ]
             for number, task in enumerate(tasks):
                 task.offset = number * PAGES
-                task.shared = spaces[number // 2][1] + (128 + number * PAGES) * PAGE
+                task.shared = spaces[number // 2][2] + (128 + number * PAGES) * PAGE
             async with anyio.create_task_group() as group:
                 for task, program in zip(tasks, written, strict=True):
                     group.start_soon(task.run, program)
@@ -204,8 +244,13 @@ async def run_together(written: list[list[Step]], batching: Batching) -> None:
     assert machine.anon_vmas.count == 0
 
 
-def check(written: list[list[Step]], backend: str, batching: Batching) -> None:
-    anyio.run(partial(run_together, written, batching), backend=backend)
+def check(
+    written: list[list[Step]],
+    backend: str,
+    batching: Batching,
+    kind: type[mn.SleepableDriver] = Sleepy,
+) -> None:
+    anyio.run(partial(run_together, written, batching, kind), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -215,9 +260,21 @@ def test_programs_run_together(backend: str, written: list[list[Step]]) -> None:
     check(written, backend, "range")
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@settings(max_examples=40, deadline=None)
+@given(written=programs)
+def test_programs_run_with_drivers_that_sometimes_wait(
+    backend: str, written: list[list[Step]]
+) -> None:
+    check(written, backend, "range", Moody)
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("kind", [Sleepy, Moody])
 @pytest.mark.parametrize("batching", ["range", "gather"])
 @settings(max_examples=1000, deadline=None)
 @given(written=programs)
-def test_many_programs_run_together(batching: Batching, written: list[list[Step]]) -> None:
-    check(written, "asyncio", batching)
+def test_many_programs_run_together(
+    kind: type[mn.SleepableDriver], batching: Batching, written: list[list[Step]]
+) -> None:
+    check(written, "asyncio", batching, kind)

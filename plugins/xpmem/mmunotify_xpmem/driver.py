@@ -87,18 +87,11 @@ class _Body:
         if rng.event is Event.UNMAP:
             self.group.unmapped(rng.start, rng.end)
 
-    def _now(self, rng: Range) -> bool:
-        """Have everybody drop a range in one step; False, and nothing is changed, if it cannot."""
-        table = self.table
-        first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
-        if not table.local(first, last):
-            return False
-        table.invalidate(first, last)
-        return True
-
 
 class XpmemDriver(_Body, SleepableDriver):
     """XPMEM where it may sleep: the start returns when every importer has acknowledged."""
+
+    nonblock_first = True
 
     @classmethod
     def serving(cls, group: ThreadGroup) -> XpmemDriver:
@@ -112,36 +105,33 @@ class XpmemDriver(_Body, SleepableDriver):
         table = self.table
         first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
         table.open.append((first, last))
-        if table.holders or table.pins or table.remotes:
-            wait = table.invalidate(first, last)
-            if wait is not None:
-                try:
-                    await self.group.xpmem.settle(table, wait)
-                except BaseException:
-                    table.end(first, last)
-                    self.group.xpmem.flush()
-                    raise
-
-    async def invalidate_range_end(self, rng: Range) -> None:
-        """Let faults in again."""
-        table = self.table
-        if self.group.attachments:
-            self._unmapped(rng)
-        table.end(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))
-        if self.group.xpmem.exporter.outbox:
-            self.group.xpmem.flush()
+        wait = table.invalidate(first, last)
+        if wait is not None:
+            try:
+                await self.group.xpmem.settle(table, wait)
+            except BaseException:
+                table.end(first, last)
+                self.group.xpmem.flush()
+                raise
 
     def invalidate_range_start_nonblock(self, rng: Range) -> bool:
-        """Recall the range if no other partition has any of it."""
-        if not self._now(rng):
-            return False
-        self.table.open.append((rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)))
+        """The same if no other partition has any of it: then there is nothing to wait for."""
+        table = self.table
+        first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
+        if table.holders or table.pins or table.remotes:
+            if not table.local(first, last):
+                return False
+            table.invalidate(first, last)
+        table.open.append((first, last))
         return True
 
     def invalidate_range_end_nonblock(self, rng: Range) -> None:
         """Let faults in again."""
+        if self.group.attachments:
+            self._unmapped(rng)
         self.table.end(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))
-        self.group.xpmem.flush()
+        if self.group.xpmem.exporter.outbox:
+            self.group.xpmem.flush()
 
 
 class DeferredXpmemDriver(_Body, DeferredDriver):
@@ -186,7 +176,12 @@ class DeferredXpmemDriver(_Body, DeferredDriver):
 
     def invalidate_range_start_nonblock(self, rng: Range) -> bool:
         """Recall the range if no other partition has any of it."""
-        return self._now(rng)
+        table = self.table
+        first, last = rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT)
+        if not table.local(first, last):
+            return False
+        table.invalidate(first, last)
+        return True
 
 
 def _pages_of(marks: list[Range]) -> list[tuple[int, int]]:

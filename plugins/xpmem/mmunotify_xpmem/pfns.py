@@ -91,6 +91,8 @@ class PfnTable:
         """Holders that have invalidations to acknowledge."""
         self.open: Final[list[tuple[int, int]]] = []
         """The sections and recalls that are going on: [first, last) pages."""
+        self.shared = False
+        """Whether a remote has ever been a holder of any page."""
         self.waits: Final[set[Wait]] = set()
         """What is waited for now."""
         self._unpin = unpin
@@ -186,6 +188,8 @@ class PfnTable:
 
     def local(self, first: int, last: int) -> bool:
         """Whether nothing of [first, last) has to be waited for."""
+        if not self.shared:
+            return True
         if any(remote.unacked(first, last) for remote in self.remotes):
             return False
         holders = self.holders
@@ -202,6 +206,7 @@ class PfnTable:
     def enter(self, first: int, last: int, holder: Holder) -> None:
         """`holder` may have pages [first, last) from now on."""
         holders, pages = self.holders, range(first, last)
+        self.shared = self.shared or holder.remote
         alone = (holder,)  # of all these pages: nobody changes it
         if holders.keys().isdisjoint(pages):
             holders.update(dict.fromkeys(pages, alone))
