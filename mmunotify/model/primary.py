@@ -234,6 +234,9 @@ class ModelPrimary:
         if not translation.writable:
             raise PermissionError(f"{translation!r} is not writable")
         frames = self.mm.machine.frames
+        if frames.data is None and offset >> PAGE_SHIFT == offset + len(data) - 1 >> PAGE_SHIFT:
+            frames.word[translation.frame + (offset >> PAGE_SHIFT)] |= fr.PG_DIRTY
+            return
         at = 0
         while at < len(data):
             frame = translation.frame + ((offset + at) >> PAGE_SHIFT)
@@ -250,7 +253,7 @@ class ModelPrimary:
             raise MmError(22, f"[{offset}, +{size}) is outside of {translation!r}")
         if self.watcher is not None:
             self.watcher.used(translation)
-        _, generation = self.mm.machine.frames.label(translation.frame)
+        generation = self.mm.machine.frames.word[translation.frame] >> fr.GEN_SHIFT
         if generation != translation.generation:
             raise StaleTranslation(self._story(translation, generation))
 

@@ -36,6 +36,8 @@ from .hardware.instructions import SIZES, Opcode
 from .hardware.tfh import TfhState, TfhStatus
 
 if TYPE_CHECKING:
+    from mmunotify import Primary
+
     from .driver import GruDriver
     from .gts import Gts
     from .hardware.cbr import Cbr
@@ -128,7 +130,7 @@ class Faults:
                 return _FATAL
             if gts.state is None or gts.loads != loads:
                 return _OVER  # the handle is somebody else's now
-            entry = self._entry(small_page(found, address), write)
+            entry = self._entry(self.gms.memory, small_page(found, address), write)
         return self._drop_in(gts, tfh, seen, entry)
 
     def _refuse(self, gts: Gts, tfh: Tfh, *, by_user: bool) -> Outcome | None:
@@ -166,7 +168,8 @@ class Faults:
         Of a huge page that must not be had as a whole, the small one (gru_vtop).
         """
         address, write = tfh.address, tfh.write
-        found = self.gms.memory.translate(address)
+        memory = self.gms.memory
+        found = memory.translate(address)
         if found is None or (write and not found.writable):
             return None
         if found.size != PAGE_SIZE:
@@ -176,16 +179,16 @@ class Faults:
                 # The chiplet has to be told first, which stops the block: its user's business.
                 gts.huge = gts.force_reload = True
                 return None
-        return self._entry(found, write)
+        return self._entry(memory, found, write)
 
-    def _entry(self, found: Translation, write: bool) -> Translation:
+    def _entry(self, memory: Primary, found: Translation, write: bool) -> Translation:
         """What is dropped in: no more than what was missed.
 
         A store needs the page to be dirty before it can be made through the entry (I-DIRTY): no
         dirty bit comes back from the TLB.
         """
         if write:
-            self.gms.memory.set_dirty(found.address, found.address + found.size)
+            memory.set_dirty(found.address, found.address + found.size)
         elif found.writable:
             return Translation(found.address, found.frame, False, found.size, found.generation)
         return found
@@ -216,10 +219,11 @@ class Faults:
         while address < end and address <= ADDRESS_MASK:
             if self.gms.covered(address, PAGE_SIZE):
                 return
-            found = self.gms.memory.translate(address)
+            memory = self.gms.memory
+            found = memory.translate(address)
             if found is None or (tfh.write and not found.writable):
                 return
-            entry = self._entry(small_page(found, address), tfh.write)
+            entry = self._entry(memory, small_page(found, address), tfh.write)
             if tfh.write_only(seen, entry):
                 self.gms.statistics.tlb_preload_page += 1
                 self.gms.count_installed(entry, huge_on=None)

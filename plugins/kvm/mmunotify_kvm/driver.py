@@ -62,7 +62,7 @@ class KvmDriver(VirtualMachine):
         gfn = address >> PAGE_SHIFT
         if self.memslots.find(gfn) is None:
             await self._give(address)
-        await resolve(self, self._vcpu, gfn, write=write)
+        await resolve(self, self._vcpu, gfn, write)
 
     async def _give(self, address: int) -> None:
         """Make a memslot of the mapping around an address, as far as it is not one yet."""

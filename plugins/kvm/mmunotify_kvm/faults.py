@@ -58,9 +58,7 @@ class FaultResult(enum.IntEnum):
     """There is no memory to map: an access to a device."""
 
 
-async def page_fault(
-    vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False
-) -> FaultResult:
+async def page_fault(vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool = False) -> FaultResult:
     """Serve one page fault. May suspend. Raises BadAddress where the host has no page (-EFAULT)."""
     counters, memslots = vm.counters, vm.memslots
     if vm.mmio and vm.mmio.get(gfn) == memslots.generation:
@@ -127,10 +125,10 @@ def _map_or_retry(
     return direct_map(vm, vcpu, slot, gfn, found, write)
 
 
-async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, *, write: bool = False) -> FaultResult:
+async def resolve(vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool = False) -> FaultResult:
     """Page faults until one of them is not to be retried. May suspend; raises like `page_fault`."""
     tries = 0
-    while (result := await page_fault(vm, vcpu, gfn, write=write)) is FaultResult.RETRY:
+    while (result := await page_fault(vm, vcpu, gfn, write)) is FaultResult.RETRY:
         tries += 1
         await before_retry(vm, gfn, tries)
     return result

@@ -132,7 +132,7 @@ class VCpu:
                 found = self.walk(gfn, write=write)
             if found is not None:
                 return found
-            result = await page_fault(self.vm, self, gfn, write=write)
+            result = await page_fault(self.vm, self, gfn, write)
             if result is FaultResult.EMULATE:
                 raise MmioExit(address, size, data)
             tries += 1

@@ -245,8 +245,11 @@ class VirtualMachine(MmuNotifier):
                 raise
         fresh.generation = stale.generation | _UPDATING
         self.memslots, self._inactive = fresh, stale
-        with anyio.CancelScope(shield=True):
-            await self.srcu.synchronize()
+        if self.srcu.readers:
+            with anyio.CancelScope(shield=True):
+                await self.srcu.synchronize()
+        else:
+            await self.srcu.synchronize()  # which does not suspend
         stale.replace(old, new)
         # What was found to be a device's during the swap may be memory now.
         fresh.generation = stale.generation = (stale.generation & ~_UPDATING) + 1

@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+class _Blocks(dict[int, Cbr]):
+    """The control blocks of a chiplet, each made when somebody wants it: few are ever used."""
+
+    def __init__(self, chiplet: Chiplet) -> None:
+        super().__init__()
+        self._chiplet = chiplet
+
+    def __missing__(self, number: int) -> Cbr:
+        cbr = self[number] = Cbr(self._chiplet, number)
+        return cbr
+
+
 class Chiplet:
     """The hardware of one GRU. `tlb_entries` is how many translations its TLB has."""
 
@@ -42,7 +54,8 @@ class Chiplet:
         self.fabric: Final[deque[Cause | Substatus]] = deque()
         """What goes wrong next outside of the chiplet: a Cause stops the next instruction that
         begins or runs on from its first element, a Substatus is the answer to the next MESQ."""
-        self.cbrs: Final = tuple(Cbr(self, number) for number in range(NUM_CBR))
+        self.cbrs: Final = _Blocks(self)
+        """Control blocks, by number."""
         self.tghs: Final = tuple(Tgh(self, number) for number in range(NUM_TGH))
 
     def __repr__(self) -> str:
