@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import signal
 import sys
 import tempfile
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -69,7 +70,7 @@ def serve(
     lease: Positive = 5.0,
     heartbeat: Positive = 1.0,
 ) -> None:
-    """Export files, and memory of the software model, until interrupted.
+    """Export files, and memory of the software model, until interrupted or terminated.
 
     Who has a file attached sees it change when it changes on disk. Interrupted, it recalls what it
     has exported before it ends.
@@ -115,7 +116,9 @@ def serve(
                 tasks.start_soon(_follow_file, file, space)
             if model:
                 await _serve_model(stack, tasks, partition, model, permissions, fence)
-            await anyio.sleep_forever()
+            with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                await anext(signals)
+            tasks.cancel_scope.cancel()
 
     _run(main)
 

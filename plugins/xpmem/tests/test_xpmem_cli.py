@@ -62,7 +62,7 @@ def test_serve_list_attach_and_status(tmp_path: Path) -> None:
             assert (done.returncode, done.stderr) == (0, "")
             assert line(follower) == "two\n"
         assert file.read_text().startswith("two\none\n")
-        server.send_signal(signal.SIGINT)
+        server.send_signal(signal.SIGTERM)
         assert server.wait(30) == 0
     assert not (tmp_path / "socket").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import attrs
 import pytest
+import structlog
+from structlog.testing import LogCapture
 
 from mmunotify_xpmem import (
     RDONLY,
@@ -199,8 +202,10 @@ async def test_short_frames_overtake_long_ones(tmp_path: Path) -> None:
     ids=["foreign", "oversized", "huge", "unknown", "empty", "subject", "malformed", "flood"],
 )
 async def test_bad_frames_cost_the_link(tmp_path: Path, attack: bytes) -> None:
-    """They are counted and dropped with their link; others are served on."""
-    engine = StreamEngine(f"unix:{tmp_path / 's'}")
+    """They are counted, logged and dropped with their link; others are served on."""
+    log = LogCapture()
+    logger = structlog.wrap_logger(None, processors=[log])
+    engine = StreamEngine(f"unix:{tmp_path / 's'}", logger=logger)
     async with running(engine) as (user,):
         with socket.socket(socket.AF_UNIX) as attacker, socket.socket(socket.AF_UNIX) as good:
             good.connect(str(tmp_path / "s"))
@@ -211,6 +216,9 @@ async def test_bad_frames_cost_the_link(tmp_path: Path, attack: bytes) -> None:
             good.send(MAGIC + HEADER.pack(4, 1) + b"good")
             assert await user.has(1) == [b"good"]
             assert engine.refused == 1
+    (line,) = [entry for entry in log.entries if entry["event"] == "xpmem_frame_refused"]
+    assert line["peer"] == f"pid {os.getpid()} of user {os.geteuid()}"
+    assert line["reason"]
 
 
 @pytest.mark.parametrize(
@@ -368,9 +376,10 @@ anyio.run(main)
 """
 
 
-@pytest.mark.parametrize("fence", ["lease", "kill", "dead"])
+@pytest.mark.parametrize("fence", ["lease", "kill", "dead", "never"])
 async def test_policies_and_a_real_process(tmp_path: Path, fence: Any) -> None:
-    """A process that stops is fenced, or killed; one that dies is known to be dead at once."""
+    """A process that stops is fenced, killed, or waited for until it goes on; of one that dies the
+    kernel says so at once."""
     engine = StreamEngine(f"unix:{tmp_path / 's'}")
     lease = 0.2 if fence != "dead" else 600.0
     policy: Any = "lease" if fence == "dead" else fence
@@ -390,7 +399,12 @@ async def test_policies_and_a_real_process(tmp_path: Path, fence: Any) -> None:
                 # Stopped, without a word; whoever invalidates its page waits for it.
                 if fence == "dead":
                     process.kill()
-                await space.update(0, b"x")
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(space.update, 0, b"x")
+                    if fence == "never":
+                        await anyio.sleep(3 * lease)
+                        assert exporting.status()["waiting_for"] == [str(process.pid)]
+                        process.send_signal(signal.SIGCONT)
             assert not group.table.holders
             if fence == "kill":
                 assert process.wait(30) == -9
