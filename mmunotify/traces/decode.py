@@ -1,9 +1,9 @@
 """Lines of a recording into columns, a block at a time.
 
 A line is `<dt> <kind> <tid> <fields...>`: microseconds since the line before, one letter, a task.
-Numbers become columns in a few dozen numpy operations per block and field, eight digits at a time
-in the bytes of a word. Calls and mappings, which have words as well, are parsed line by line, and
-so is everything of a block in which something is wrong, to say where.
+Numbers become columns in a dozen numpy operations per block and field, eight digits at a time in
+the bytes of a word. Calls and mappings, which have words as well, are parsed line by line, and so
+is everything of a block in which something is wrong, to say where.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ _OPEN: Final = frozenset("oxv>")
 
 _FRAME: Final = 24
 """Bytes before the text, so that whole words can be read backwards from the end of any number."""
+_DIGIT: Final = 0x0F
+_NOT_DEC: Final = 0x10
+_NOT_HEX: Final = 0x20
+_NEITHER: Final = _NOT_DEC | _NOT_HEX
+_BLANK: Final = 0x40 | _NEITHER
+_NEWLINE: Final = 0x80 | _BLANK
+_CLASSES: Final = bytes(
+    int(chr(byte)) if chr(byte) in "0123456789"
+    else _NOT_DEC | int(chr(byte), 16) if chr(byte) in "abcdef"
+    else {ord(" "): _BLANK, ord("\n"): _NEWLINE}.get(byte, _NEITHER)
+    for byte in range(256)
+)  # fmt: skip
+"""What a byte is: a digit with its value, what it is no digit of, a separator."""
 _KNOWN: Final = np.zeros(256, np.bool_)
 _KNOWN[list("".join(FIELDS).encode())] = True
 _COPIES: Final = np.frombuffer(b"SFE", np.uint8)
@@ -124,8 +137,9 @@ def _decode(text: bytes, line: int) -> Block | None:
     """The columns, or None if anything is wrong."""
     framed = b"\0" * _FRAME + text
     data = np.frombuffer(framed, np.uint8)
-    separators = np.flatnonzero((data == 32) | (data == 10))
-    ends = np.flatnonzero(data[separators] == 10)
+    classes = np.frombuffer(framed.translate(_CLASSES), np.uint8)
+    separators = np.flatnonzero(classes >= _BLANK)
+    ends = np.flatnonzero(classes[separators] == _NEWLINE)
     first = np.concatenate((np.zeros(1, np.int64), ends[:-1] + 1))
     tokens = ends - first + 1
     if not len(ends) or (tokens < 3).any():
@@ -135,7 +149,7 @@ def _decode(text: bytes, line: int) -> Block | None:
     kinds = data[kind_at]
     if (separators[first + 1] != kind_at + 1).any() or not _KNOWN[kinds].all():
         return None
-    numbers = Numbering(framed)
+    numbers = Numbering(classes)
     micros = numbers.decimal(starts, separators[first])
     tids = numbers.decimal(kind_at + 2, separators[first + 2])
     if micros is None or tids is None:
@@ -152,22 +166,25 @@ def _decode(text: bytes, line: int) -> Block | None:
             return None
         slots = _COLUMNS.get(letter, (0, 1))
         read: list[Words] = []
-        for index, (_, form) in enumerate(fields):
-            begin = separators[first[rows] + 2 + index] + 1
-            end = separators[first[rows] + 3 + index]
+        at = first[rows] + 2
+        end = separators[at]
+        for index, (_, form) in enumerate(fields, 1):
+            begin, end = end + 1, separators[at + index]
             if form is WORD:
                 right = bool((end > begin).all())
             elif form is COPY:
                 right = bool((end == begin + 1).all() and np.isin(data[begin], _COPIES).all())
-            else:
-                if form is SIZE:
-                    begin = begin + (data[begin] == ord("-"))
+            elif index - 1 in slots or letter == "o":
                 values = (numbers.hexadecimal if form is HEX else numbers.decimal)(begin, end)
                 right = values is not None
                 if values is not None:
                     read.append(values)
-                    if index in slots:
-                        (a, b)[slots.index(index)][rows] = values
+                    if index - 1 in slots:
+                        (a, b)[slots.index(index - 1)][rows] = values
+            else:
+                if form is SIZE:
+                    begin = begin + (data[begin] == ord("-"))
+                right = numbers.are_numbers(begin, end, hexadecimal=form is HEX)
             if not right:
                 return None
         if letter == ">":
@@ -255,95 +272,72 @@ def _mappings(
 class Numbering:
     """Numbers out of a text, many at once: eight digits are the eight bytes of a word.
 
-    The text begins with `_FRAME` bytes that belong to no number. Both answer None if a token has
-    no digit, too many, or anything else in it.
+    The text is given as the classes of its bytes, and begins with `_FRAME` bytes that belong to no
+    number. The readers answer None if a token has no digit, too many, or anything else in it.
     """
 
-    def __init__(self, framed: bytes) -> None:
+    def __init__(self, classes: Bytes) -> None:
         # Every position's word, overlapping: a word that ends where a number does is one load.
-        self._words = np.ndarray(len(framed) - 7, "<u8", framed, strides=(1,))
+        self._words = np.ndarray(len(classes) - 7, "<u8", classes, strides=(1,))
 
     def decimal(self, begin: Numbers, end: Numbers) -> Words | None:
         """Of at most 18 digits."""
-        return self._read(begin, end, 18, _digits10, _join10, np.uint64(10**8))
+        parts = self._parts(begin, end, 18, _NOT_DEC)
+        return _sum(parts, _TENS, np.uint64(10**8)) if parts else None
 
     def hexadecimal(self, begin: Numbers, end: Numbers) -> Words | None:
         """Of at most 16 digits, in lower case."""
-        return self._read(begin, end, 16, _digits16, _join16, np.uint64(1 << 32))
+        parts = self._parts(begin, end, 16, _NOT_HEX)
+        return _sum(parts, _SIXTEENS, np.uint64(1 << 32)) if parts else None
 
-    def _read(
-        self,
-        begin: Numbers,
-        end: Numbers,
-        most: int,
-        digits_of: Callable[[Words, Words], Words | None],
-        join: Callable[[Words], Words],
-        scale: np.uint64,
-    ) -> Words | None:
+    def are_numbers(self, begin: Numbers, end: Numbers, *, hexadecimal: bool) -> bool:
+        """Whether one of the two could read them."""
+        most, strange = (16, _NOT_HEX) if hexadecimal else (18, _NOT_DEC)
+        return bool(self._parts(begin, end, most, strange))
+
+    def _parts(self, begin: Numbers, end: Numbers, most: int, strange: int) -> list[Words]:
+        """The last eight digits of each number, those before, and so on; empty if one is none."""
         lengths = end - begin
         longest = int(lengths.max())
         if int(lengths.min()) < 1 or longest > most:
-            return None
-        total: Words | None = None
-        for done in range((longest - 1) // 8 * 8, -1, -8):
+            return []
+        parts = []
+        for done in range(0, longest, 8):
             # What is left of this word's own digits belongs to somebody else: mask it.
-            mask = _MASKS[lengths + (16 - done)]
-            digits = digits_of(self._words[end - (done + 8)] & mask, mask)
-            if digits is None:
-                return None
-            value = join(digits)
-            total = value if total is None else total * scale + value
-        return total
+            part = self._words[end - (done + 8)] & _MASKS[lengths + (16 - done)]
+            if int(np.bitwise_or.reduce(part)) & _every(strange):
+                return []
+            parts.append(part)
+        return parts
 
 
-def _every(byte: int) -> np.uint64:
-    return np.uint64(byte * 0x0101_0101_0101_0101)
+def _sum(parts: list[Words], bases: tuple[np.uint64, ...], scale: np.uint64) -> Words:
+    total: Words | None = None
+    for part in reversed(parts):
+        value = part & _DIGITS
+        # A base times each digit and the next one: the sum is where the next one was.
+        for base, shift, kept in zip(bases, _SHIFTS, _KEPT, strict=True):
+            value *= base
+            value >>= shift
+            value &= kept
+        total = value if total is None else total * scale + value
+    assert total is not None
+    return total
+
+
+def _every(byte: int) -> int:
+    return byte * 0x0101_0101_0101_0101
 
 
 _MASKS: Final = np.array(
     [(1 << 64) - (1 << 8 * (8 - min(max(kept - 16, 0), 8))) for kept in range(35)], np.uint64
 )
 """By 16 more than the digits that are left: which bytes of a word, its last ones, are digits."""
-_LOW_NIBBLES: Final = _every(0x0F)
-_ONES: Final = _every(1)
-_SIXES: Final = _every(6)
-_ZEROS: Final = _every(ord("0"))
-_PAIRS: Final = np.uint64(0x00FF_00FF_00FF_00FF)
-_FOURS: Final = np.uint64(0x0000_FFFF_0000_FFFF)
-_EIGHTS: Final = np.uint64(0xFFFF_FFFF)
-_4, _6, _8, _16, _32 = map(np.uint64, (4, 6, 8, 16, 32))
-_TO_LETTER: Final = np.uint64(ord("a") - ord("0") - 10)
-
-
-def _digits16(word: Words, mask: Words) -> Words | None:
-    digits = word & _LOW_NIBBLES
-    digits += ((word >> _6) & _ONES) * np.uint64(9)
-    # Written again, they have to be what was read.
-    again = digits + (((digits + _SIXES) >> _4) & _ONES) * _TO_LETTER + _ZEROS
-    if (digits & ~_LOW_NIBBLES).any() or ((again & mask) != word).any():
-        return None
-    return digits
-
-
-def _join16(digits: Words) -> Words:
-    pairs = (digits << _4 | digits >> _8) & _PAIRS
-    fours = (pairs << _8 | pairs >> _16) & _FOURS
-    joined: Words = (fours << _16 | fours >> _32) & _EIGHTS
-    return joined
-
-
-def _digits10(word: Words, mask: Words) -> Words | None:
-    digits = word & _LOW_NIBBLES
-    if (((digits + _ZEROS) & mask) != word).any() or (((digits + _SIXES) >> _4) & _ONES).any():
-        return None
-    return digits
-
-
-def _join10(digits: Words) -> Words:
-    pairs = (digits * np.uint64(10) + (digits >> _8)) & _PAIRS
-    fours = (pairs * np.uint64(100) + (pairs >> _16)) & _FOURS
-    joined: Words = (fours * np.uint64(10_000) + (fours >> _32)) & _EIGHTS
-    return joined
+_DIGITS: Final = np.uint64(_every(_DIGIT))
+_SHIFTS: Final = tuple(map(np.uint64, (8, 16, 32)))
+_KEPT: Final = tuple(map(np.uint64, (0x00FF_00FF_00FF_00FF, 0x0000_FFFF_0000_FFFF, 0xFFFF_FFFF)))
+_TENS: Final = tuple(map(np.uint64, (1 + (10 << 8), 1 + (100 << 16), 1 + (10**4 << 32))))
+_SIXTEENS: Final = tuple(map(np.uint64, (1 + (1 << 12), 1 + (1 << 24), 1 + (1 << 48))))
 
 
 # ---------------------------------------------------------------------- line by line
