@@ -92,9 +92,9 @@ class Lru:
             for frame in frames:
                 self.append(frame, which)
 
-    def append_many(self, frames: Indices) -> None:
+    def append_many(self, frames: Indices, which: int = INACTIVE_ANON) -> None:
         """`append` of distinct frames, oldest first."""
-        self._extend(0, frames)
+        self._extend(which, frames)
 
     def _extend(self, which: int, frames: Indices) -> None:
         count = len(frames)

@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from mmunotify.model import Machine, memory, uaccess
+from mmunotify.model import Machine, filemap, memory, uaccess
 from mmunotify.model.check import Excuses, Report, read_recordings
 
 RANDOM = Path(__file__).parents[1] / "data" / "oracle" / "random.jsonl.xz"
@@ -20,6 +20,7 @@ PMD = 512 * PAGE
 def test_recording_agrees_whichever_is_taken(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "FEW", few)
     monkeypatch.setattr(uaccess, "_FEW", few)
+    monkeypatch.setattr(filemap, "_FEW", few)
     report = Report(RANDOM)
 
     async def check() -> None:
