@@ -425,6 +425,7 @@ class File:
             return 0
         mm = vma.mm
         notifiers, leaves = mm.notifiers, mm.pt.leaves
+        one_step = notifiers.plain or notifiers.nowait
         words, pages, folios = machine.frames.word, self.pages, self.folios
         shift = vma.first - vma.pgoff
         first = at
@@ -432,9 +433,8 @@ class File:
             while at < len(dirty):
                 index = dirty[at]
                 frame = pages.get(index, -1)
-                if index in folios or frame < 0 or not notifiers.plain:
+                if index in folios or frame < 0 or not one_step:
                     break
-                at += 1
                 page = index + shift
                 word = words[frame]
                 if word & fr.PG_DIRTY and word & fr.MAP_MASK and vma.first <= page < vma.last:
@@ -442,8 +442,10 @@ class File:
                     if notifiers.armed:
                         start = page << PAGE_SHIFT
                         rng = Range(start, start + PAGE_SIZE, Event.PROTECTION_PAGE)
+                        told = notifiers.invalidate_range_start_nowait(rng)
+                        if told is None:
+                            break
                         mm.announced.append(rng)
-                        told = notifiers.invalidate_range_start_atomic(rng)
                     leaf = leaves.get(page >> 9)
                     if leaf is not None:
                         entry = leaf.pte[page & 511]
@@ -455,6 +457,7 @@ class File:
                     if rng is not None and told is not None:
                         notifiers.invalidate_range_end_atomic(rng, told)
                 self._write_page(index)
+                at += 1
         finally:
             self.i_mmap_lock.up_read()
         return at - first

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _XZ: Final = b"\xfd7zXZ\0"
 _CHUNK: Final = 1 << 16
-_BLOCK: Final = 1 << 19
+_BLOCK: Final = 1 << 20
 _LONGEST_LINE: Final = 1 << 16
 
 

@@ -43,6 +43,8 @@ Batching = Literal["page", "pte512", "gather", "range"]
 Era = Literal["linux-6", "v16"]
 
 _FRAMES: Final = 1 << 20
+_RESCHED_PAGES: Final = 16
+"""Faults that take less than the millisecond after which others may run."""
 _SWAP: Final = 1 << 20
 _AGES: Final = list(b"at")
 _ANON: Final = 1
@@ -178,6 +180,7 @@ class Replay:
         cond_resched = self._machine.cond_resched
         times = block.micros.cumsum() + self.now
         self.aged += int(np.isin(block.kinds, _AGES).sum())
+        work = 0
         steps = rows(block, times, ageing=bool(self.meters))
         for event, self.now, pages, kind, tid, a, b, told in steps:
             if history is not None and self.now >= history.due:
@@ -185,6 +188,32 @@ class Replay:
             task = tasks.get(tid)
             if task is None:
                 task = tasks[tid] = Task(tid, None, {})
+            space = task.space
+            if told != OPEN and space is not None and not space.waits(task, b):
+                # A fault of which everything is known. The rest of this loop is rare.
+                if task.reclaimed is not None:
+                    await self._reclaim(task, None)
+                if task.fault is not None:
+                    await self._end_fault(task, task.fault)
+                write = b & CODE_WRITE != 0
+                if pages != 1 or not space.mm.access_nowait(a, write):
+                    await self._access(space, a, pages, write, step=told == COPIED)
+                if told == COPIED:
+                    space.recorded = True
+                    self.matches.copied(a & -PAGE_SIZE, pages, heard)
+                    heard.clear()
+                elif heard:
+                    if space.recorded:
+                        self.matches.compare("fault", _NOTHING, heard)
+                    heard.clear()
+                if space.toucher is not None:
+                    await space.toucher.faulted(a, pages, write)
+                    heard.clear()
+                work += pages
+                if work >= _RESCHED_PAGES:
+                    await cond_resched(work)
+                    work = 0
+                continue
             if kind == "m":
                 await self._counted(task, a, b)
                 continue
@@ -201,22 +230,7 @@ class Replay:
                 continue
             if task.fault is not None:
                 await self._end_fault(task, task.fault)
-            space = task.space
-            if told != OPEN and space is not None and not space.waits(task, b):
-                # A fault of which everything is known. The rest of this loop is rare.
-                write = b & CODE_WRITE != 0
-                if pages != 1 or not space.mm.access_nowait(a, write):
-                    await self._access(space, a, pages, write, step=told == COPIED)
-                if told == COPIED:
-                    space.recorded = True
-                    self.matches.copied(a & -PAGE_SIZE, pages, heard)
-                elif heard and space.recorded:
-                    self.matches.compare("fault", _NOTHING, heard)
-                if space.toucher is not None:
-                    await space.toucher.faulted(a, pages, write)
-                heard.clear()
-                await cond_resched(pages)
-            elif kind in "fF":
+            if kind in "fF":
                 await self._fault(task, a, pages, b, told)
             elif kind == "v":
                 # Between program start and exit: its VM exists, announcements are recorded.

@@ -45,7 +45,7 @@ class Space:
 
     def waits(self, task: Task, code: int) -> bool:
         """Whether a fault waits: somebody has mmap_lock, and may be write-protecting the page."""
-        return bool(self.writers) and code & _PROTECTED == _PROTECTED and task.call is None
+        return self.writers != 0 and code & _PROTECTED == _PROTECTED and task.call is None
 
 
 @attrs.define(eq=False)

@@ -33,7 +33,21 @@ class SleepableTold(mn.SleepableDriver):
         self.ranges.append((rng.start, rng.end))
 
 
-@pytest.mark.parametrize("driver", [Told, SleepableTold])
+class SometimesWaits(SleepableTold):
+    """Has to wait for every third."""
+
+    nonblock_first = True
+    asked = 0
+
+    def invalidate_range_start_nonblock(self, rng: mn.Range) -> bool:
+        self.asked += 1
+        if self.asked % 3 == 0:
+            return False
+        self.ranges.append((rng.start, rng.end))
+        return True
+
+
+@pytest.mark.parametrize("driver", [Told, SleepableTold, SometimesWaits])
 @pytest.mark.parametrize("mappings", [1, 2])
 async def test_pages_singly_and_a_folio_as_a_whole(
     driver: type[Told] | type[SleepableTold], mappings: int
