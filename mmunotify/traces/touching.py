@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -161,20 +160,23 @@ class Toucher:
             return False
         writes = write and found.writable
         devices = self._devices
-        while missed >= 0:
-            device = devices[missed]
+        for position in range(missed, len(devices)):
+            device = devices[position]
+            if position > missed and device.access(address, write=write):
+                continue
             if writes or not write or not device.access(address):
                 # Memory that the process has and the device may not use (a guard page, a mapping
                 # of another device) is nothing to it.
-                with suppress(BadAddress):
+                try:  # noqa: SIM105 - suppress costs more than a device's access
                     await device.fault(address, write=writes)
-            missed = _first_miss(devices, address, write, missed + 1)
+                except BadAddress:
+                    pass
         return True
 
 
-def _first_miss(devices: list[Device], address: int, write: bool, first: int = 0) -> int:
-    """Have the devices from `first` on access a page until one misses; its position, or -1."""
-    for position in range(first, len(devices)):
-        if not devices[position].access(address, write=write):
+def _first_miss(devices: list[Device], address: int, write: bool) -> int:
+    """Have the devices access a page until one misses; its position, or -1."""
+    for position, device in enumerate(devices):
+        if not device.access(address, write=write):
             return position
     return -1

@@ -177,14 +177,13 @@ class GruDriver(AtomicDriver):
         seen: set[int] | None = set() if len(self.asidmap) > 1 else None
         for state, tracker in [*self.asidmap.items()]:
             statistics.flush_tlb_gru += 1
-            if not (tracker.contexts and tracker.asid):
+            asid, contexts = tracker.asid, tracker.contexts
+            if not (contexts and asid):
                 self._give_up(state, tracker, start, end)
                 continue
             for address, field in small:
                 statistics.flush_tlb_gru_tgh += 1
-                dropped = state.take_tgh().invalidate(
-                    address, tracker.asid, PAGE_SHIFT, field, tracker.contexts
-                )
+                dropped = state.take_tgh().invalidate(address, asid, PAGE_SHIFT, field, contexts)
                 if dropped is not NOTHING:
                     self._count_dropped(dropped, start, end, seen)
             if tracker.huge:

@@ -161,7 +161,12 @@ def decide(
         if slot.flags & READONLY:
             counters["mmio"] += 1
             return FaultResult.EMULATE
-        if vm.fast_page_faults and fast_page_fault(vm, vcpu, slot, gfn):
+        table = slot.table
+        if (
+            vm.fast_page_faults
+            and (table.leaf[gfn - slot.base] & PRESENT or table.pages_2m)
+            and fast_page_fault(vm, vcpu, slot, gfn)
+        ):
             return FaultResult.FIXED
     if vm.mmu.invalidate_in_progress and vm.mmu.covered(gfn):
         # A lookup would be in vain; asked without the lock, since it is only a saving.

@@ -22,7 +22,7 @@ from .counters import new_counters
 from .log import AGED, RELEASED, UNBALANCED, UNMAPPED
 from .memslots import Memslots
 from .mmu import Mmu
-from .spte import PRESENT
+from .spte import ACCESSED, PRESENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,8 +194,11 @@ class MmuNotifier(AtomicDriver):
             table = slot.table
             first, last = _pages(slot, start, end)
             self.counters["aged"] += last - first
-            if not table.pages_4k and not table.pages_2m:
-                continue
+            if not table.pages_2m:
+                if not table.pages_4k:
+                    continue
+                if last - first == 1 and not table.leaf[first] & ACCESSED:
+                    continue
             if table.age(first, last, clear=clear):
                 young = True
                 if flush:

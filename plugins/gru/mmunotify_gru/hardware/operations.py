@@ -316,22 +316,23 @@ def atomic(cbr: Cbr, ins: Instruction) -> bool:
 
     A remote memory is any other: the model has one.
     """
-    size = SIZES[ins.xtype]
-    if ins.exop not in EXOPS[ins.opcode] or ins.xtype not in _ATOMIC_SIZES:
+    exop, xtype, address = ins.exop, ins.xtype, ins.address
+    if exop not in EXOPS[ins.opcode] or xtype not in _ATOMIC_SIZES:
         return cbr.stop(Cause.INVALID_INSTRUCTION)
     bad = _bad(cbr, ins, 0, 0)
-    if bad:
+    if bad is not _FINE:
         return cbr.stop(bad)
-    entry = cbr.translate(ins.address, ins.exop not in READ_ONLY)
+    entry = cbr.translate(address, exop not in READ_ONLY)
     if entry is None:
         return False
-    memory, at, mask = cbr.memory, ins.address - entry.address, (1 << 8 * size) - 1
+    size = SIZES[xtype]
+    memory, at, mask = cbr.memory, address - entry.address, (1 << 8 * size) - 1
     old = int.from_bytes(memory.read(entry, at, size), "little")
     one, two = ins.operand1 & mask, ins.operand2 & mask
     cbr.value = old
-    if (ins.exop is _EPOLL and old != one) or (ins.exop is _NPOLL and old == one):
+    if (exop is _EPOLL and old != one) or (exop is _NPOLL and old == one):
         return False
-    new = RESULTS[ins.exop](old, one, two)
+    new = RESULTS[exop](old, one, two)
     if new is not None:
         memory.write(entry, at, (new & mask).to_bytes(size, "little"))
     return True
