@@ -232,7 +232,7 @@ def decode(frame: memoryview) -> tuple[Any, memoryview]:
         raise BadMessage(f"a header of {length} bytes in a frame of {size}")
     try:
         return _decode(frame[at : at + length]), frame[at + length :]
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise BadMessage(str(error)) from None
 
 

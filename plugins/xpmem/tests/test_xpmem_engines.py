@@ -330,7 +330,9 @@ async def test_malformed_messages_of_a_partition(tmp_path: Path) -> None:
     async with Partition(engine, 1) as exporting, FileSpace(size=PAGE) as space:
         group = await exporting.open(space.notifiers)
         group.make(space.base, PAGE)
-        for attack in (b"", b"\0", b"\xff\xff\xff", os.urandom(50), encode(Fault)[:-3]):
+        no_text = b"\x26\0\x94\x03\xc4\x10" + bytes(16) + b"\x02\xae" + b"\xff" * 14 + bytes(9)
+        noise = os.urandom(50)
+        for attack in (b"", b"\0", b"\xff\xff\xff", noise, encode(Fault)[:-3], no_text):
             with socket.socket(socket.AF_UNIX) as attacker:
                 expected = exporting.refused + 1
                 attacker.connect(str(tmp_path / "s"))

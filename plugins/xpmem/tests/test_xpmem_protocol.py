@@ -628,6 +628,23 @@ def test_parser_survives_any_bytes(frame: bytes) -> None:
     assert len(encode(message)) + len(body) <= 2 * len(frame) + 64
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"\x04\0\x92\x08\xc4\x10",
+        b"\x26\0\x94\x03\xc4\x10" + bytes(16) + b"\x02\xae" + b"\xff" * 14 + bytes(9),
+        b"\0\0" + (100_001).to_bytes(4, "little") + b"\x91" * 100_000 + b"\xc0",
+        b"\0\0" + (100_021).to_bytes(4, "little") + b"\x93\x08\xc4\x10" + bytes(16)
+        + b"\x91" * 100_000 + b"\xc0",
+    ],
+    ids=["truncated", "no UTF-8", "nested", "nested behind"],
+)  # fmt: skip
+def test_parser_refuses_what_its_library_trips_over(frame: bytes) -> None:
+    """Text that is none, and lists in lists in lists."""
+    with pytest.raises(BadMessage):
+        decode(memoryview(frame))
+
+
 @settings(max_examples=50)
 @given(st.one_of(requests, answers), st.binary(max_size=64), st.data())
 def test_parser_survives_damage(message: Message, body: bytes, data: st.DataObject) -> None:

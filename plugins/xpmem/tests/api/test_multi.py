@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PAGE = 4096
 PEERS_AND_PAGES = [
-    *((1, 1), (3, 16), (10, 4)),
+    *((1, 1), (3, 16), (5, 4)),
     *[
         pytest.param(peers, pages, marks=pytest.mark.long)
         for peers in (1, 3, 5, 10)
