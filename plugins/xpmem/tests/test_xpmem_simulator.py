@@ -4,8 +4,9 @@ One exporter and three attachers with three pages: messages are lost, come twice
 either side reboots, zombies of a past life go on, and the exporter takes the living for dead. What
 runs is the real code of both sides over the in-memory engine; only the shell around it is the
 simulator's. What must hold after every step needs no clock: an attacher that is not fenced never
-has a page that is older than the exporter's. And when the network behaves again, whatever is waited
-for comes to an end.
+has a page that is older than the exporter's. Where clocks run alike, neither has one whose lease
+runs and that was fenced for its silence, or for hearing nothing. And when the network behaves
+again, whatever is waited for comes to an end.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ class Node:
                     what.sharer.drop(pages)
             else:
                 assert isinstance(what, FencedPeer)
+                self.sim.reasons[what.sharer.aid] = what.reason
         exporter.flush(self.sim.now)
         for side in (exporter, importer):
             out, side.outbox = side.outbox, []
@@ -153,6 +155,10 @@ class Simulation:
         self.now = 0.0
         self.versions = [1] * PAGES
         self.revived: set[bytes] = set()
+        self.reasons: dict[bytes, str] = {}
+        """Why permits were fenced."""
+        self.deaf: set[MemoryEngine] = set()
+        """Partitions to which nothing gets through."""
         self.waits: list[tuple[Memory, int, Wait]] = []
         self.finished = self.installed = self.fenced = 0
         self.boot_exporter()
@@ -200,7 +206,7 @@ class Simulation:
             one = carried[-1]
             if dice.random() >= duplication:
                 carried.pop()
-            if dice.random() >= loss:
+            if dice.random() >= loss and one.receiver not in self.deaf:
                 self.hub.deliver(one)
         elif draw < 0.80:
             node, grants = dice.choice(self.attachers + self.zombies)
@@ -223,7 +229,7 @@ class Simulation:
 
     def accident(self) -> None:
         dice = self.dice
-        what = dice.randrange(10)
+        what = dice.randrange(12)
         place = dice.randrange(ATTACHERS)
         node, grants = self.attachers[place]
         exporter = self.exporter.exporter
@@ -246,9 +252,11 @@ class Simulation:
         elif what < 9 and len(grants) > 1:
             node.importer.release(grants.pop(), self.now)
             node.flush()
-        else:
+        elif what < 10:
             node.importer.detach(grants[0], 0, PAGES)
             node.flush()
+        else:
+            self.deaf ^= {node.engine}
 
     def invalidate(self, first: int, count: int) -> None:
         last = min(first + count, PAGES)
@@ -281,7 +289,9 @@ class Simulation:
         exporter = self.exporter.exporter
         for node, grants in self.attachers + self.zombies:
             for grant in grants:
-                if grant.aid not in exporter.sharers and grant.aid not in self.revived:
+                void = grant.aid not in exporter.sharers and grant.aid not in self.revived
+                timely = self.reasons.get(grant.aid) in ("lease", "deaf")
+                if void and not (timely and self.now < grant.lease_until):
                     continue
                 for page in grant.cache:
                     data = grant.bytes_of(page, 0, 8)
@@ -296,6 +306,7 @@ class Simulation:
 
     def settle(self) -> None:
         """The network behaves again: everything that is waited for comes to an end."""
+        self.deaf.clear()
         for _ in range(200):
             while self.hub.carried:
                 self.hub.deliver(self.hub.carried.popleft())
@@ -445,13 +456,22 @@ class ServesAnybody(Exporter):
             self._send(request.part, request.me, page, found[1])
 
 
+class FencesTheDeafAtOnce(Exporter):
+    """Without the lease for which the permit of who hears nothing is void before it is fenced."""
+
+    def _deaf(self, peer: Any, now: float) -> None:
+        peer.deaf_at = float("inf")
+        for sharer in list(peer.sharers.values()):
+            self.fence(sharer, "deaf")
+
+
 def counted(sim: Simulation) -> Callable[[], bytes]:
     """Ids of permits that are not random: each life of the exporter begins at one."""
     numbers = iter(range(1, 1 << 30))
     return lambda: next(numbers).to_bytes(16, "little")
 
 
-WITHOUT = {
+WITHOUT: dict[object, Kinds] = {
     1: Kinds(importer=KeepsOvertakenFaults),
     2: Kinds(exporter=ServesWhileInvalidating),
     3: Kinds(exporter=TakesAnyAck),
@@ -461,11 +481,12 @@ WITHOUT = {
     6: Kinds(exporter=EntersLate),
     7: Kinds(importer=AnswersAgain),
     8: Kinds(exporter=ServesAnybody),
+    "the lease of the deaf": Kinds(exporter=FencesTheDeafAtOnce),
 }
 
 
 @pytest.mark.parametrize("rule", WITHOUT)
-def test_each_rule_is_needed(rule: int) -> None:
+def test_each_rule_is_needed(rule: object) -> None:
     """Remove one, and some run finds a stale page."""
     for block in range(20):
         if violated(WITHOUT[rule], range(100 * block, 100 * block + 100)):
