@@ -142,33 +142,44 @@ class DeferredXpmemDriver(_Body, DeferredDriver):
 
     def __init__(self, options: XpmemOptions | None = None, logger: object = None) -> None:
         super().__init__(options, logger)
-        self._marks: list[Range] = []
+        self._unmark()
 
     @classmethod
     def serving(cls, group: ThreadGroup) -> DeferredXpmemDriver:
         """The driver of a thread group that is there already; without importers of its own."""
         driver = cls.__new__(cls)
         driver._serve(group, importers=0)
-        driver._marks = []
+        driver._unmark()
         return driver
+
+    def _unmark(self) -> None:
+        self._marks: list[tuple[int, int]] = []
+        # The latest mark, which the next one mostly goes on where it ends.
+        self._low = self._high = 0
 
     def invalidate_range(self, rng: Range) -> None:
         """Mark the range."""
-        self._marks.append(rng)
+        if rng.start != self._high:
+            if self._high:
+                self._marks.append((self._low, self._high))
+            self._low = rng.start
+        self._high = rng.end
 
     async def invalidate_range_sync(self, rng: Range) -> None:
         """Recall everything that is marked, and wait for it."""
         table = self.table
         self._unmapped(rng)
-        marks, self._marks = self._marks, []
+        marks, low, high = self._marks, self._low, self._high
+        self._unmark()
         if not (table.holders or table.pins or table.remotes):
             return
         # What was marked by others may be recalled early; what is marked here must be now.
-        if len(marks) > 1 or (marks and marks[0] is not rng):
-            marks.append(rng)
-            ranges = _pages_of(marks)
-        else:
-            ranges = [(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))]
+        ranges = [(rng.start >> PAGE_SHIFT, -(-rng.end >> PAGE_SHIFT))]
+        if high and (marks or low != rng.start or high != rng.end):
+            marks.append((low, high))
+            ranges = merged(
+                ranges + [(low >> PAGE_SHIFT, -(-high >> PAGE_SHIFT)) for low, high in marks]
+            )
         waits = [table.invalidate(first, last) for first, last in ranges]
         for wait in waits:
             if wait is not None:
@@ -182,17 +193,3 @@ class DeferredXpmemDriver(_Body, DeferredDriver):
             return False
         table.invalidate(first, last)
         return True
-
-
-def _pages_of(marks: list[Range]) -> list[tuple[int, int]]:
-    """The pages of some ranges, as ascending ranges of pages that neither meet nor touch."""
-    found = []
-    low = high = -1
-    for mark in marks:
-        if mark.start == high:  # neighbours mostly come one after the other
-            high = mark.end
-        else:
-            found.append((low >> PAGE_SHIFT, -(-high >> PAGE_SHIFT)))
-            low, high = mark.start, mark.end
-    found.append((low >> PAGE_SHIFT, -(-high >> PAGE_SHIFT)))
-    return merged(found[1:])

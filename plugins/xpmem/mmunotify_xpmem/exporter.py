@@ -50,7 +50,7 @@ from .wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from .engine import Sender
     from .wire import Buffer
@@ -144,9 +144,12 @@ class Sharer:
         """For reports: the partition."""
         return self.peer.name
 
-    def drop(self, pages: list[int]) -> None:
+    def drop(self, pages: Sequence[int]) -> None:
         """Queue an invalidation: sent with all others that are waiting, once one can be."""
-        self.held.difference_update(pages)
+        if len(pages) == len(self.held):  # it holds all that the table has it for
+            self.held.clear()
+        else:
+            self.held.difference_update(pages)
         if self.number == self.acked:
             self.low, self.high = pages[0], pages[-1] + 1
             self.segment.memory.table.remotes.add(self)

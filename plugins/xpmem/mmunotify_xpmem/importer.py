@@ -15,6 +15,7 @@ The rules of it, of which none can be left out (the numbers are those of the exp
 from __future__ import annotations
 
 import errno
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
@@ -201,6 +202,8 @@ class Grant:
     buffers: Buffers = attrs.field(factory=lambda: Buffers())
     cache: dict[int, Batch] = attrs.field(factory=dict)
     """The pages that are here, and what they came in."""
+    batches: set[Batch] = attrs.field(factory=set)
+    """Of them, what has more than one page."""
     epoch: int = 0
     """Counts what was dropped: whoever copies pages compares it before and after."""
     lease_until: float = 0.0
@@ -223,9 +226,14 @@ class Grant:
         if not cache.keys().isdisjoint(pages):
             self._forget(pages)
         cache.update(dict.fromkeys(pages, batch))
+        if count > 1:
+            self.batches.add(batch)
 
     def drop(self, first: int, last: int) -> None:
         """Have nothing of pages [first, last)."""
+        if first <= 0 and self.pages <= last:
+            self.drop_all()
+            return
         self.epoch += 1
         cache = self.cache
         if last - first <= len(cache):
@@ -234,19 +242,19 @@ class Grant:
             self._forget([page for page in cache if first <= page < last])
 
     def _forget(self, pages: Iterable[int]) -> None:
-        pop = self.cache.pop
-        for page in pages:
-            batch = pop(page, None)
+        for batch, same in groupby(map(self.cache.pop, pages, repeat(None))):
             if batch is not None:
-                batch.live -= 1
+                batch.live -= len(list(same))
                 if not batch.live:
+                    self.batches.discard(batch)
                     self.buffers.take_back(batch.data)
 
     def drop_all(self) -> None:
         """Have nothing."""
         self.epoch += 1
-        for batch in set(self.cache.values()):
+        for batch in self.batches:
             self.buffers.take_back(batch.data)
+        self.batches.clear()
         self.cache.clear()
 
     def bytes_of(self, page: int, low: int, size: int) -> bytes | None:

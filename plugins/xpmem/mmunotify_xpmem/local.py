@@ -13,7 +13,7 @@ from mmunotify import PAGE_SHIFT, PAGE_SIZE, BadAddress
 from .errors import bus_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from mmunotify import Translation
 
@@ -40,7 +40,7 @@ class LocalPermit:
         """The pages that the table has it for."""
         return self.ptes
 
-    def drop(self, pages: list[int]) -> None:
+    def drop(self, pages: Sequence[int]) -> None:
         """Let go of these pages."""
         for page in pages:
             del self.ptes[page]

@@ -9,12 +9,13 @@ suspends; what is in the way of a section waits in `parked`, and what a section 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import repeat
 from typing import TYPE_CHECKING, Final, Protocol
 
 import attrs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from mmunotify import Pin
 
@@ -37,7 +38,7 @@ class Holder(Protocol):
         """The pages that the table has it for."""
         ...
 
-    def drop(self, pages: list[int]) -> None:
+    def drop(self, pages: Sequence[int]) -> None:
         """Let go of these pages, ascending; a `Remote` has then something to acknowledge."""
         ...
 
@@ -97,7 +98,11 @@ class PfnTable:
         """What is waited for now."""
         self._unpin = unpin
         self._parked: list[tuple[int, int, Callable[[], object]]] = []
-        self._dropped: set[int] = set()
+        self._low, self._high = LAST_PAGE, 0
+        """All pages that have holders are in [low, high)."""
+        self._dropped: list[Collection[int]] = []
+        self._gone: set[int] = set()
+        """Pages that come back if they are entered; those of `_dropped` are not in it yet."""
 
     # ------------------------------------------------------------------ sections
 
@@ -127,17 +132,11 @@ class PfnTable:
         may be served again at once, an invalidation that finds it gone still waits for what it has
         not acknowledged.
         """
-        holders = self.holders
-        if holders:
-            if last - first <= len(holders):
-                pages = [page for page in range(first, last) if page in holders]
-            else:
-                pages = sorted([page for page in holders if first <= page < last])
-            if pages:
-                if announced:
-                    self.counters["flushes"] += 1
-                    self.counters["mapped"] += len(pages)
-                self._take(pages)
+        if self.holders:
+            taken = self._take(first, last)
+            if taken and announced:
+                self.counters["flushes"] += 1
+                self.counters["mapped"] += taken
         if self.pins:
             # A page is pinned before it has a holder.
             pinned = self.pins if len(self.pins) < last - first else range(first, last)
@@ -146,32 +145,46 @@ class PfnTable:
             return self._owed(first, last)
         return None
 
-    def _take(self, pages: list[int]) -> None:
-        if len(self._dropped) > _REMEMBERED:
-            self._dropped.clear()
-        self._dropped.update(pages)
-        pop = self.holders.pop
-        # Neighbours mostly have the same holders.
-        groups: dict[tuple[Holder, ...], list[int]] = {}
-        last: tuple[Holder, ...] | None = None
-        group: list[int] = []
-        for page in pages:
-            known = pop(page)
-            if known is not last:
-                last, group = known, groups.setdefault(known, [])
-            group.append(page)
-        if len(groups) == 1:
-            ((known, dropped),) = groups.items()
-            for holder in known:
-                holder.drop(dropped)
-            return
+    def _take(self, first: int, last: int) -> int:
+        """Take what there is of [first, last) out of the table, and tell its holders; how much."""
+        holders = self.holders
+        pages: Sequence[int] = range(first, last)
+        taken: list[tuple[Holder, ...] | None]
+        # Mostly they all have the same holders, and often it is all that there is.
+        if first <= self._low and self._high <= last:
+            pages, taken = sorted(holders), list(holders.values())
+            if taken.count(taken[0]) < len(taken):
+                taken = list(map(holders.get, pages))
+            holders.clear()
+            self._low, self._high = LAST_PAGE, 0
+        else:
+            if len(pages) > len(holders):
+                pages = sorted([page for page in holders if first <= page < last])
+            taken = list(map(holders.pop, pages, repeat(None)))
+            if not taken:
+                return 0
+        common = taken[0]
+        if taken.count(common) < len(taken):
+            return self._take_each(pages, taken)
+        if common is None:
+            return 0
+        self._dropped.append(pages)
+        for holder in common:
+            holder.drop(pages)
+        return len(pages)
+
+    def _take_each(self, pages: Iterable[int], taken: list[tuple[Holder, ...] | None]) -> int:
         victims: dict[Holder, list[int]] = {}
-        for known, dropped in groups.items():
-            for holder in known:
-                victims.setdefault(holder, []).extend(dropped)
-        for holder, dropped in victims.items():
-            dropped.sort()
-            holder.drop(dropped)
+        dropped = []
+        for page, known in zip(pages, taken, strict=True):
+            if known is not None:
+                dropped.append(page)
+                for holder in known:
+                    victims.setdefault(holder, []).append(page)
+        self._dropped.append(dropped)
+        for holder, mine in victims.items():
+            holder.drop(mine)
+        return len(dropped)
 
     def _owed(self, first: int, last: int) -> Wait | None:
         """What was told now, and what was told before and is still not acknowledged."""
@@ -207,6 +220,10 @@ class PfnTable:
         """`holder` may have pages [first, last) from now on."""
         holders, pages = self.holders, range(first, last)
         self.shared = self.shared or holder.remote
+        if first < self._low:
+            self._low = first
+        if last > self._high:
+            self._high = last
         alone = (holder,)  # of all these pages: nobody changes it
         if holders.keys().isdisjoint(pages):
             holders.update(dict.fromkeys(pages, alone))
@@ -215,25 +232,36 @@ class PfnTable:
                 known = holders.setdefault(page, alone)
                 if holder not in known:
                     holders[page] = (*known, holder)
-        counters = self.counters
-        counters["installed"] += last - first
-        if self._dropped:
-            again = self._dropped.intersection(pages)
-            if again:
-                self._dropped -= again
-                counters["refaults"] += len(again)
+        self.counters["installed"] += last - first
+        if self._dropped or self._gone:
+            self._come_back(pages)
 
     def enter_page(self, page: int, holder: Holder) -> None:
         """`enter` of one page, by a holder of this process."""
         known = self.holders.get(page)
         if known is None:
             self.holders[page] = (holder,)
+            if page < self._low:
+                self._low = page
+            if page >= self._high:
+                self._high = page + 1
         elif holder not in known:
             self.holders[page] = (*known, holder)
         self.counters["installed"] += 1
-        if page in self._dropped:
-            self._dropped.discard(page)
-            self.counters["refaults"] += 1
+        if self._dropped or page in self._gone:
+            self._come_back((page,))
+
+    def _come_back(self, pages: Iterable[int]) -> None:
+        """Count those of `pages` that were here before."""
+        if self._dropped:
+            if len(self._gone) > _REMEMBERED:
+                self._gone.clear()
+            self._gone.update(*self._dropped)
+            self._dropped.clear()
+        again = self._gone.intersection(pages)
+        if again:
+            self._gone -= again
+            self.counters["refaults"] += len(again)
 
     def leave(self, holder: Holder, pages: Collection[int]) -> None:
         """`holder` has nothing of `pages` any more, and need not be told."""
