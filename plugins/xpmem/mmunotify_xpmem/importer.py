@@ -78,22 +78,18 @@ class Pending:
     resend_at: float
     give_up_at: float
     grant: Grant | None = None
-    asked: float = attrs.field(init=False)
+    asked: float = 0.0
     """From when on the exporter has had time to answer."""
-    waiters: list[Callable[[], object]] = attrs.field(factory=list)
+    waiters: tuple[Callable[[], object], ...] = ()
     done: bool = False
     error: BaseException | None = None
-
-    def __attrs_post_init__(self) -> None:
-        self.asked = self.sent
 
     def finish(self, error: BaseException | None = None) -> None:
         """It is answered, or never will be."""
         if not self.done:
             self.done = True
             self.error = error
-            waiters, self.waiters = self.waiters, []
-            for wake in waiters:
+            for wake in self.waiters:
                 wake()
 
 
@@ -151,7 +147,7 @@ class Buffers:
 
     def __init__(self) -> None:
         self._free: Final[list[bytearray]] = []
-        self._lent: Final[dict[int, bytearray]] = {}
+        self.lent: Final[dict[int, bytearray]] = {}
         """By identity: what messages are received into that have not been handled yet."""
 
     def lend(self, size: int) -> memoryview:
@@ -160,19 +156,19 @@ class Buffers:
             buffer = self._free.pop() if self._free else bytearray(_ROOM)
         else:
             buffer = bytearray(size)
-        self._lent[id(buffer)] = buffer
+        self.lent[id(buffer)] = buffer
         return memoryview(buffer)[:size]
 
     def keep(self, body: Buffer) -> Buffer:
         """What has the bytes of `body` from now on: what it was received into, or a copy."""
-        if isinstance(body, memoryview) and self._lent.pop(id(body.obj), None) is not None:
+        if self.lent and isinstance(body, memoryview) and id(body.obj) in self.lent:
+            del self.lent[id(body.obj)]
             return body
         return bytes(body)
 
     def handled(self, frame: memoryview) -> None:
         """A frame was handled: where it is is free again, unless it was kept."""
-        if self._lent:
-            self._take(self._lent.pop(id(frame.obj), None))
+        self._take(self.lent.pop(id(frame.obj), None))
 
     def take_back(self, data: Buffer) -> None:
         """Nobody looks at it any more."""
@@ -225,8 +221,10 @@ class Grant:
         cache = self.cache
         if not cache.keys().isdisjoint(pages):
             self._forget(pages)
-        cache.update(dict.fromkeys(pages, batch))
-        if count > 1:
+        if count == 1:
+            cache[first] = batch
+        else:
+            cache.update(dict.fromkeys(pages, batch))
             self.batches.add(batch)
 
     def drop(self, first: int, last: int) -> None:
@@ -352,7 +350,7 @@ class Importer:
         self._fid = fid = self._fid + 1
         fault.fid = fid
         fault.stale = False
-        fault.sent = fault.asked = now
+        fault.sent = now
         fault.part, fault.inc = source.part, source.inc
         fault.message = Fault(
             self.part, self.inc, grant.aid, source.inc, fid, fault.first, fault.need, fault.count
@@ -425,6 +423,7 @@ class Importer:
 
     def _send_pending(self, pending: Pending, now: float) -> None:
         self._pending[pending] = None
+        pending.asked = now
         pending.interval = self.resend
         pending.resend_at = at = now + self.resend
         if at < self.deadline:
@@ -659,7 +658,8 @@ class Importer:
         """The exporter has heard what was sent then: it holds still for a lease from there."""
         assert grant.source is not None
         until = sent + grant.source.ttl * (1 - RATE_ERROR)
-        grant.lease_until = max(grant.lease_until, until)
+        if until > grant.lease_until:
+            grant.lease_until = until
 
     # ------------------------------------------------------------------ time
 

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -37,13 +38,11 @@ if TYPE_CHECKING:
     from .exporter import Limits, Peer
     from .importer import Pending
     from .pfns import PfnTable, Wait
+    from .wire import Buffer, Message
 
 if sys.platform == "linux":
-
-    def boot_time() -> float:
-        """Seconds, counting on while the machine sleeps."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME)
-
+    boot_time = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+    """Seconds, counting on while the machine sleeps."""
 else:
     boot_time = time.monotonic
 
@@ -174,7 +173,8 @@ class Partition(Xpmem):
             self.log.emit(events.FRAME_REFUSED, peer=str(sender), reason=str(error))
             raise
         finally:
-            self.importer.buffers.handled(frame)
+            if self.importer.buffers.lent:
+                self.importer.buffers.handled(frame)
             self.flush()
 
     def room(self, size: int) -> memoryview:
@@ -214,12 +214,10 @@ class Partition(Xpmem):
         if exporter.unsent:
             exporter.flush(self.clock())
         # Sending runs nothing of ours, so nothing is added meanwhile.
-        for side in (exporter, importer):
-            if side.outbox:
-                send = self.engine.send
-                for part, inc, message, body in side.outbox:
-                    send(address_of(part, inc), encode(message), body)
-                side.outbox.clear()
+        if exporter.outbox:
+            self._send(exporter.outbox)
+        if importer.outbox:
+            self._send(importer.outbox)
         if exporter.todo:
             todo, exporter.todo = exporter.todo, []
             for what in todo:
@@ -231,6 +229,11 @@ class Partition(Xpmem):
         until = self._sleeps_until
         if (importer.deadline < until or exporter.deadline < until) and self._wake is not None:
             self._wake.set()
+
+    def _send(self, outbox: list[tuple[int, bytes, Message, Buffer]]) -> None:
+        for part, inc, message, body in outbox:
+            self.engine.send(address_of(part, inc), encode(message), body)
+        outbox.clear()
 
     def _do(self, what: Any) -> None:
         match what:
@@ -427,7 +430,7 @@ class Partition(Xpmem):
             await self.engine.pump(address_of(pending.part, pending.inc), lambda: pending.done)
         if not pending.done:
             event = anyio.Event()
-            pending.waiters.append(event.set)
+            pending.waiters += (event.set,)
             await event.wait()
         if pending.error is not None:
             raise _again(pending.error)

@@ -99,11 +99,16 @@ class RemotePermit:
 
     async def _fetch(self, first: int, last: int, end: int) -> None:
         """Have pages [first, last), and begin with what comes after them up to `end`."""
-        sequential = first == self._expected
-        self._ahead = min(max(AHEAD, 2 * self._ahead), MAX_PAGES) if sequential else 1
-        fault = self._under_way(first) or self._fault(first, last - first)
+        if first == self._expected:
+            self._ahead = min(max(AHEAD, 2 * self._ahead), MAX_PAGES)
+        else:
+            self._ahead = 1
+        fault = self._under_way(first) if self.grant.faults else None
+        if fault is None:
+            fault = self._fault(first, last - first)
         self._expected = first + fault.count
-        self._ahead_of(last, end)
+        if last < end:
+            self._ahead_of(last, end)
         await self.partition.answered(fault)
 
     def _ahead_of(self, last: int, end: int) -> None:
@@ -117,7 +122,9 @@ class RemotePermit:
                 self.partition.flush()
 
     def _fault(self, first: int, need: int) -> Faulting:
-        count = min(max(need, self._ahead), MAX_PAGES, max(need, self.grant.pages - first))
+        count = need
+        if count < self._ahead:
+            count = max(need, min(self._ahead, self.grant.pages - first))
         partition = self.partition
         return partition.importer.fault(self.grant, first, need, count, partition.clock())
 

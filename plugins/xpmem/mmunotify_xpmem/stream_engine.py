@@ -145,6 +145,7 @@ class Link:
         self._bulk: Final[deque[tuple[bytes, Buffer]]] = deque()
         self._queued = 0
         self._wake: anyio.Event | None = None
+        self.fd: Final = sock.fileno()
 
     def __str__(self) -> str:
         return str(self.sender)
@@ -166,6 +167,8 @@ class Link:
 
     def _transmit(self, head: bytes, body: Buffer) -> None:
         """Send what the kernel takes; the rest is first in the queue."""
+        if 0 < len(body) <= _SHORT:  # copying costs less than a vector
+            head, body = b"".join((head, body)), b""
         try:
             sent = self.sock.sendmsg((head, body)) if body else self.sock.send(head)
         except BlockingIOError:
@@ -499,18 +502,16 @@ class StreamEngine:
             events.gone(sender)
 
     def _watch(self, link: Link) -> None:
-        fd = link.sock.fileno()
-        self._watched[fd] = link
+        self._watched[link.fd] = link
         assert self._epoll is not None
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(link.fd, select.EPOLLIN)
 
     def unwatch(self, link: Link) -> None:
         """Nothing will come over it any more."""
-        fd = link.sock.fileno()
-        if self._watched.get(fd) is link:
-            del self._watched[fd]
+        if self._watched.get(link.fd) is link:
+            del self._watched[link.fd]
             if self._epoll is not None:
-                self._epoll.unregister(fd)
+                self._epoll.unregister(link.fd)
 
     def _refuse(self, sender: ProcessSender, reason: str) -> None:
         self.refused += 1
@@ -572,20 +573,18 @@ class StreamEngine:
             if done() or link.broken:
                 return
         self._eager = 0
-        sock = link.sock
-        fd = sock.fileno()
         link.pumped = True
-        epoll.modify(fd, 0)
+        epoll.modify(link.fd, 0)
         try:
             while not (done() or link.broken):
-                await anyio.wait_readable(sock)
+                await anyio.wait_readable(link.fd)
                 link.receive()
         finally:
             link.pumped = False
-            if link not in self.links:
-                sock.close()
-            elif self._watched.get(fd) is link:
-                epoll.modify(fd, select.EPOLLIN)
+            if self._watched.get(link.fd) is link:
+                epoll.modify(link.fd, select.EPOLLIN)
+            elif link not in self.links:
+                link.close()
 
 
 async def _quietly(function: Any, *args: Any) -> None:
