@@ -14,8 +14,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from .segments import Credentials
     from .wire import Buffer
 
@@ -73,6 +71,15 @@ class Events(Protocol):
         ...
 
 
+class Answerable(Protocol):
+    """A request."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it is answered, or never will be."""
+        ...
+
+
 class Engine(Protocol):
     """Carries frames. One user, one event loop."""
 
@@ -106,8 +113,8 @@ class Engine(Protocol):
         """
         ...
 
-    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
-        """Receive what comes from there, in the task of who waits for it, until `done()`.
+    async def pump(self, subject: bytes, request: Answerable) -> None:
+        """Receive what comes from there, in the task of who waits for it, until it is answered.
 
         That saves waking a task for it. It may return before, and at once where the engine cannot
         or another task does it already: the caller has to be able to wait without.

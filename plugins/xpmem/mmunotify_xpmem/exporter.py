@@ -367,11 +367,11 @@ class Exporter:
             if self._wait(sharer, fault):
                 self.todo.append(FaultIn(sharer, fault))
             return
-        table.counters["served"] += found[0]
-        self._enter(table, first, first + found[0], sharer)
-        self._send(
-            sharer.peer.part, sharer.peer.inc, Page(sharer.aid, self.inc, fault.fid), found[1]
-        )
+        count, body = found
+        table.counters["served"] += count
+        self._enter(table, first, first + count, sharer)
+        peer = sharer.peer
+        self._send(peer.part, peer.inc, Page(sharer.aid, self.inc, fault.fid), body)
 
     def _held_off(self, table: PfnTable, first: int, last: int) -> bool:
         """Rule 2: whether pages of [first, last) are being invalidated."""
@@ -380,7 +380,10 @@ class Exporter:
     def _enter(self, table: PfnTable, first: int, last: int, sharer: Sharer) -> None:
         """Rule 6: from now on an invalidation of [first, last) is told to `sharer`."""
         table.enter(first, last, sharer)
-        sharer.held.update(range(first, last))
+        if last - first == 1:
+            sharer.held.add(first)
+        else:
+            sharer.held.update(range(first, last))
 
     def _wait(self, sharer: Sharer, request: Fault | Store) -> bool:
         """Note that a request waits for something; False, and Retry, if too many do."""

@@ -161,7 +161,8 @@ class FileSpace:
         """Bytes; zeros beyond the end of the file."""
         self._check(translation, offset, size)
         at = translation.address - self.base + offset
-        return self._map[at : at + size].ljust(size, b"\0")
+        data = self._map[at : at + size]
+        return data if len(data) == size else data.ljust(size, b"\0")
 
     def write(self, translation: Translation, offset: int, data: bytes) -> None:
         """Store through a translation, up to the end of the file."""

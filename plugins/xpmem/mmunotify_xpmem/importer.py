@@ -46,7 +46,6 @@ from .wire import (
     Retry,
     Store,
     Stored,
-    pages_in,
 )
 
 if TYPE_CHECKING:
@@ -217,15 +216,17 @@ class Grant:
         """Have pages from `first` on, as many as `body` holds."""
         count = len(body) >> PAGE_SHIFT
         batch = Batch(first, count, self.buffers.keep(body))
-        pages = range(first, first + count)
         cache = self.cache
+        if count == 1:
+            if first in cache:
+                self._forget((first,))
+            cache[first] = batch
+            return
+        pages = range(first, first + count)
         if not cache.keys().isdisjoint(pages):
             self._forget(pages)
-        if count == 1:
-            cache[first] = batch
-        else:
-            cache.update(dict.fromkeys(pages, batch))
-            self.batches.add(batch)
+        cache.update(dict.fromkeys(pages, batch))
+        self.batches.add(batch)
 
     def drop(self, first: int, last: int) -> None:
         """Have nothing of pages [first, last)."""
@@ -261,7 +262,8 @@ class Grant:
         if batch is None:
             return None
         at = (page - batch.first << PAGE_SHIFT) + low
-        return bytes(batch.data[at : at + size])
+        data = batch.data[at : at + size]
+        return data if isinstance(data, bytes) else bytes(data)
 
     def whole(self, first: int, last: int) -> Buffer | None:
         """Pages [first, last), if they are all here. To be used before anything else runs."""
@@ -336,7 +338,7 @@ class Importer:
         """Ask for pages [first, first + need), and up to `count` if they are at hand."""
         fault = Faulting(
             0, b"", _NOTHING, b"", now, self.resend, INFINITY, INFINITY, grant,
-            first=first, need=need, count=count,
+            0.0, (), False, None, 0, first, need, count,
         )  # fmt: skip
         if grant.dead is not None:
             fault.finish(grant.dead)
@@ -513,12 +515,12 @@ class Importer:
             assert grant.source is not None
             self._send_fault(grant, grant.source, fault, now)
             return
-        count = pages_in(body)
-        if not fault.need <= count <= fault.count or fault.first + count > grant.pages:
-            raise BadMessage(f"{count} pages in answer to {fault.message}")
+        count, rest = divmod(len(body), PAGE_SIZE)
+        if rest or not fault.need <= count <= min(fault.count, grant.pages - fault.first):
+            raise BadMessage(f"{len(body)} bytes in answer to {fault.message}")
         self._extend(grant, fault.sent)
         grant.install(fault.first, body)
-        self._finish(fault)
+        fault.finish()
 
     def _answered(
         self, aid: bytes, inc: bytes, fid: int, now: float

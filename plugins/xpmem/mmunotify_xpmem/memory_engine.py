@@ -16,9 +16,7 @@ from .segments import Credentials
 from .wire import BadMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .engine import Events, Sender
+    from .engine import Answerable, Events, Sender
     from .wire import Buffer
 
 
@@ -136,7 +134,7 @@ class MemoryEngine:
     def take(self) -> None:
         """What arrives is carried by `run`."""
 
-    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
+    async def pump(self, subject: bytes, request: Answerable) -> None:
         """What arrives is carried by `run`, for all."""
 
     def _arrive(self, carried: Carried) -> None:

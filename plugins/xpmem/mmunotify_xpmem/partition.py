@@ -427,7 +427,7 @@ class Partition(Xpmem):
         """Return when a request is answered; raise what it was answered with."""
         self.flush()
         if not pending.done:
-            await self.engine.pump(address_of(pending.part, pending.inc), lambda: pending.done)
+            await self.engine.pump(address_of(pending.part, pending.inc), pending)
         if not pending.done:
             event = anyio.Event()
             pending.waiters += (event.set,)

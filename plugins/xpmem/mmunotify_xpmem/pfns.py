@@ -225,7 +225,9 @@ class PfnTable:
         if last > self._high:
             self._high = last
         alone = (holder,)  # of all these pages: nobody changes it
-        if holders.keys().isdisjoint(pages):
+        if last - first == 1 and first not in holders:
+            holders[first] = alone
+        elif holders.keys().isdisjoint(pages):
             holders.update(dict.fromkeys(pages, alone))
         else:
             for page in pages:

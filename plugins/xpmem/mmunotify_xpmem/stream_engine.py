@@ -37,9 +37,9 @@ from .processes import ProcessSender
 from .wire import MAX_MESSAGE, BadMessage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Collection, Iterable
 
-    from .engine import Events
+    from .engine import Answerable, Events
     from .wire import Buffer
 
 _MAGIC: Final = b"mmxpmem1"
@@ -49,10 +49,12 @@ _SHORT: Final = 4096
 _MAX_SUBJECT: Final = 256
 _MAX_SUBJECTS: Final = 64
 _QUEUE: Final = 64 << 20
-_BURST: Final = 32
+_BURST: Final = 8
 """Full reads in a row after which others run."""
 _BUFFER: Final = 16 << 10
 """Bytes of a link's buffer. A frame that is longer than that is received where its user says."""
+_AGAIN: Final = 8
+"""Times in a row that a link is read before others are."""
 _EAGER: Final = 8
 """Answers in a row that are taken without letting others run."""
 _READY: Final = 64
@@ -226,18 +228,23 @@ class Link:
             await anyio.wait_readable(self.sock)
             self.receive()
 
-    def receive(self) -> None:
-        """Take what has arrived, and hand its frames on. The link may be over then."""
+    def receive(self) -> bool:
+        """Take what has arrived, and hand its frames on; whether there was anything.
+
+        The link may be over then.
+        """
         try:
             for _ in range(_BURST):
                 if not (self._receive() if self._long is None else self._receive_long()):
-                    return
+                    break
+            return True
         except BlockingIOError:
-            return
+            pass
         except (EOFError, OSError):
             self._finish(None)
         except BadMessage as error:
             self._finish(error)
+        return False
 
     def _finish(self, error: BadMessage | None) -> None:
         self.error = error
@@ -412,7 +419,10 @@ class StreamEngine:
         for fd, _ in epoll.poll(0, _READY):
             link = self._watched.get(fd)
             if link is not None and not link.pumped:
-                link.receive()
+                # The kernel may let the other end run when it is answered, and it ask again.
+                for _ in range(_AGAIN):
+                    if not link.receive():
+                        break
 
     async def aclose(self) -> None:
         """Close everything. Never suspends."""
@@ -557,8 +567,8 @@ class StreamEngine:
             self._eager += 1
             self._receive(self._epoll)
 
-    async def pump(self, subject: bytes, done: Callable[[], object]) -> None:
-        """Read the link to `subject` until `done()`, if nobody else does."""
+    async def pump(self, subject: bytes, request: Answerable) -> None:
+        """Read the link to `subject` until the request is done, if nobody else does."""
         routes = self._routes.get(subject)
         epoll = self._epoll
         if not routes or epoll is None:
@@ -570,13 +580,13 @@ class StreamEngine:
             # The kernel has often let the other end run already.
             self._eager += 1
             link.receive()
-            if done() or link.broken:
+            if request.done or link.broken:
                 return
         self._eager = 0
         link.pumped = True
         epoll.modify(link.fd, 0)
         try:
-            while not (done() or link.broken):
+            while not (request.done or link.broken):
                 await anyio.wait_readable(link.fd)
                 link.receive()
         finally:
