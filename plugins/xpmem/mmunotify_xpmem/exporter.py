@@ -23,9 +23,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import attrs
 
+from mmunotify import PAGE_SIZE
+
 from .pfns import PfnTable, Wait, merged, runs_of
 from .segments import Segment, State
 from .wire import (
+    MAX_PAGES,
     MAX_RANGES,
     Ack,
     Ask,
@@ -56,6 +59,7 @@ if TYPE_CHECKING:
     from .wire import Buffer
 
 INFINITY: Final = float("inf")
+_STORE: Final = MAX_PAGES * PAGE_SIZE
 
 
 @attrs.frozen
@@ -70,7 +74,8 @@ class Limits:
     """Faults and stores that wait for something here."""
     partitions: int = 1 << 14
     permits_of_all: int = 1 << 17
-    """Of all partitions together."""
+    storing: int = 64 << 20
+    """Bytes of stores that are not done. Of all partitions together, as are the two before."""
 
 
 @attrs.define(slots=True, eq=False, repr=False)
@@ -191,7 +196,10 @@ class FaultIn:
 
 @attrs.frozen
 class DoStore:
-    """To do: recall the pages, write `data`, then `Exporter.stored`, or `refuse`."""
+    """To do: recall the pages, write `data`, then `Exporter.stored`, or `refuse`.
+
+    And take the length of `data` off `Exporter.storing`.
+    """
 
     sharer: Sharer
     store: Store
@@ -263,6 +271,8 @@ class Exporter:
         """When `tick` wants to be called, at the latest."""
         self.resent = 0
         """Batches that were sent again."""
+        self.storing = 0
+        """Bytes of stores that are not done."""
         self.batches = 0
         """Batches of invalidations that were sent."""
         self._new_id = new_id
@@ -409,6 +419,8 @@ class Exporter:
         if store.fid in sharer.busy:
             return
         segment = sharer.segment
+        if len(body) > _STORE:
+            raise BadMessage(f"a store of {len(body)} bytes: expected up to {_STORE}")
         if not body or store.offset + len(body) > segment.size:
             page = store.offset >> 12
             self.refuse(sharer, store, "BUS", 2, page, "a store beyond the segment's end")
@@ -416,7 +428,10 @@ class Exporter:
             self.refuse(sharer, store, "SEGV", 2, store.offset >> 12, "the permit is read-only")
         elif segment.state is not State.LIVING:
             self.refuse(sharer, store, "BUS", 2, store.offset >> 12, "the segment is removed")
+        elif self.storing + len(body) > self.limits.storing:
+            self._send(store.part, store.me, Retry(store.aid, self.inc, store.fid))
         elif self._wait(sharer, store):
+            self.storing += len(body)
             self.todo.append(DoStore(sharer, store, bytes(body)))
 
     def _ack(

@@ -301,6 +301,8 @@ class Partition(Xpmem):
             self.exporter.refuse(sharer, store, "BUS", 2, page, str(error.strerror))
         except MmuNotifyError as error:
             self.exporter.refuse(sharer, store, "BUS", 2, store.offset >> PAGE_SHIFT, str(error))
+        finally:
+            self.exporter.storing -= len(todo.data)
         self.flush()
 
     async def _recall(self, todo: Recall) -> None:

@@ -156,6 +156,21 @@ async def test_faults_that_are_sent_back_come_again() -> None:
         assert read == [bytes(3)] * 8
 
 
+async def test_stores_that_are_sent_back_come_again() -> None:
+    """And are done once; afterwards nothing is counted as waiting."""
+    async with paired(pages=8, limits=Limits(storing=PAGE)) as p:
+        group = await p.there.open()
+        apids = [await group.get(next(iter(p.group.segments))) for _ in range(4)]
+        async with anyio.create_task_group() as tasks:
+            for page, apid in enumerate(apids):
+                tasks.start_soon(group.attach(apid).write, page * PAGE, b"%d" % page * PAGE)
+        assert any(isinstance(message, Retry) for message in p.hub.messages)
+        for page in range(4):
+            assert await p.attachment.read(page * PAGE, PAGE) == b"%d" % page * PAGE
+        assert p.here.exporter.storing == 0
+        await group.close()
+
+
 @pytest.mark.parametrize("kind", [Fault, Page, Inv, Ack])
 async def test_lost_messages_are_sent_again(kind: type) -> None:
     """Each kind once."""

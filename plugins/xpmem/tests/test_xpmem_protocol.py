@@ -283,6 +283,19 @@ def test_stores_happen_once() -> None:
     assert not e.exporter.todo
 
 
+def test_stores_that_wait_are_limited() -> None:
+    """In bytes, whoever sends them; and none is longer than a batch of pages."""
+    e = Exporting(limits=Limits(storing=3 * PAGE))
+    answers = []
+    for rid in range(5):
+        aid = e.get(rid=rid)
+        answers += e.say(Store(3, ME, aid, INC, 1, 0), bytes(PAGE))
+    assert [type(answer) for answer in answers] == [Retry] * 2
+    assert sum(isinstance(todo, DoStore) for todo in e.exporter.todo) == 3
+    with pytest.raises(BadMessage, match="expected up to 262144"):
+        e.say(Store(3, ME, e.get(), INC, 9, 0), bytes(MAX_PAGES * PAGE + 1))
+
+
 def test_stores_need_a_permit_for_them() -> None:
     """A read-only permit stores nothing, whatever its holder sends."""
     e = Exporting()
