@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 import attrs
 import pytest
 import structlog
@@ -28,6 +30,7 @@ from mmunotify_xpmem import (
     Partition,
     StreamEngine,
     XpmemError,
+    stream_engine,
 )
 from mmunotify_xpmem.memory_engine import LocalSender
 from mmunotify_xpmem.processes import ProcessSender
@@ -101,9 +104,9 @@ async def until(condition: Callable[[], object]) -> None:
 Pair = tuple[Any, Any, list[User]]
 
 
-@pytest.fixture(params=["memory", "unix", "tcp"])
+@pytest.fixture(params=["memory", "unix", "tcp", "unwatched"])
 def pair(
-    request: pytest.FixtureRequest, tmp_path: Path
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], AbstractAsyncContextManager[Pair]]:
     @asynccontextmanager
     async def made() -> AsyncIterator[Pair]:
@@ -113,7 +116,9 @@ def pair(
             async with running(one, other) as users:
                 yield one, other, users
             return
-        where = f"unix:{tmp_path / 's'}" if request.param == "unix" else "tcp:127.0.0.1:0"
+        if request.param == "unwatched":  # as where there is no epoll
+            monkeypatch.setattr(stream_engine, "select", None)
+        where = "tcp:127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path / 's'}"
         listening = StreamEngine(where)
         async with running(listening) as users:
             connecting = StreamEngine(connect=[str(listening.listen)])
@@ -149,6 +154,69 @@ async def test_subscriptions_can_come_later(pair: Any) -> None:
         one.subscribe(b"later")
         await until(lambda: other.send(b"later", b"now"))
         assert await first.has(1) == [b"now"]
+
+
+class Asked:
+    """A request that is answered as soon as a user has so many frames."""
+
+    def __init__(self, user: User, count: int) -> None:
+        self.user = user
+        self.count = count
+
+    @property
+    def done(self) -> bool:
+        return len(self.user.frames) >= self.count
+
+
+async def test_who_waits_may_receive(pair: Any) -> None:
+    """An answer arrives whether somebody pumps its link, or several do, or one gives up; and what
+    else comes over it does, too."""
+    async with pair() as (one, other, (_, second)):
+
+        async def answer(count: int) -> None:
+            with anyio.fail_after(30):
+                await other.pump(b"s0", Asked(second, count))
+                await second.has(count)
+
+        for turn in range(1, 21):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(turn % 3 + 1):
+                    tasks.start_soon(answer, 3 * turn)
+                await anyio.lowlevel.checkpoint()
+                for size in (1, PAGE, 40 * PAGE):
+                    one.send(b"s1", b"answer", bytes(size))
+            with anyio.move_on_after(0.001):
+                await other.pump(b"s0", Asked(second, 1 << 30))
+        one.send(b"s1", b"last")
+        assert (await second.has(61))[-1] == b"last"
+
+
+@pytest.mark.parametrize("end", ["link", "engine", "frame"])
+async def test_link_ends_while_it_is_pumped(tmp_path: Path, end: str) -> None:
+    """Whoever pumps it goes on without an answer, and no descriptor is left."""
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    engine = StreamEngine(f"unix:{tmp_path / 's'}")
+    async with running(engine) as (user,):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(tmp_path / "s"))
+            subscription = (1).to_bytes(4, "little") + b"peer"
+            peer.send(MAGIC + HEADER.pack(len(subscription), 0) + subscription)
+            await until(lambda: engine._routes)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(engine.pump, b"peer", Asked(user, 1))
+                await until(lambda: engine.links[0].pumped)
+                if end == "link":
+                    peer.close()
+                elif end == "frame":
+                    peer.send(HEADER.pack(3, 99) + b"abc")
+                else:
+                    engine.links[0].close()
+            await until(lambda: not engine.links)
+            assert engine.refused == (end == "frame")
+            assert user.left == 1
+    gc.collect()  # senders, whose pidfd goes with them
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 async def test_send_never_suspends_and_may_lose(tmp_path: Path) -> None:
