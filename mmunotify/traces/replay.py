@@ -45,6 +45,8 @@ Era = Literal["linux-6", "v16"]
 _FRAMES: Final = 1 << 20
 _RESCHED_PAGES: Final = 16
 """Faults that take less than the millisecond after which others may run."""
+_RECLAIM_PAGES: Final = 128
+"""As much of others' reclaim is done at once, without letting others run."""
 _SWAP: Final = 1 << 20
 _AGES: Final = list(b"at")
 _ANON: Final = 1
@@ -128,6 +130,8 @@ class Replay:
         self._introduced: Final[dict[int, int]] = {}
         self._executing: Final[dict[int, Task]] = {}
         """Threads inside execve that are not their group's leader, by the leader's number."""
+        self._going: Final[dict[int, None]] = {}
+        """Frames that others' reclaim takes, until something else happens than that."""
         self._names = 0
 
     @property
@@ -181,10 +185,13 @@ class Replay:
         times = block.micros.cumsum() + self.now
         self.aged += int(np.isin(block.kinds, _AGES).sum())
         work = 0
+        going = self._going
         steps = rows(block, times, ageing=bool(self.meters))
         for event, self.now, pages, kind, tid, a, b, told in steps:
             if history is not None and self.now >= history.due:
                 history.look(self.now, self._spaces)
+            if going and (kind != RECLAIM or len(going) >= _RECLAIM_PAGES):
+                await self._take_all()
             task = tasks.get(tid)
             if task is None:
                 task = tasks[tid] = Task(tid, None, {})
@@ -226,7 +233,7 @@ class Replay:
                 self._age(task, a, pages, b - a)
                 continue
             if kind == RECLAIM:
-                await self._take(self._by_id.get(b) or self._owner(task, a), a, a + PAGE_SIZE)
+                self._isolate(self._by_id.get(b) or self._owner(task, a), a, a + PAGE_SIZE)
                 continue
             if task.fault is not None:
                 await self._end_fault(task, task.fault)
@@ -252,6 +259,7 @@ class Replay:
                 await self._exit(task)
             elif kind == "t":
                 self._test_young(task, a)
+        await self._take_all()
         self.now = int(times[-1])
 
     async def _goes_on(self, task: Task, *, whole: bool) -> None:
@@ -363,14 +371,23 @@ class Replay:
         await self._take(owner or self._owner(task, start), start, end)
 
     async def _take(self, space: Space | None, start: int, end: int) -> None:
+        self._isolate(space, start, end)
+        await self._take_all()
+
+    def _isolate(self, space: Space | None, start: int, end: int) -> None:
         self.given += 1
         if space is None:
             return
         for address in range(start, end, PAGE_SIZE):
             entry = space.mm.pt.get(address >> PAGE_SHIFT)
             if entry & f.PTE_PRESENT and not entry & f.PTE_SPECIAL:
-                await self._machine.reclaim_pages([(entry & f.PFN_MASK) >> PAGE_SHIFT])
-        self._heard.clear()
+                self._going[(entry & f.PFN_MASK) >> PAGE_SHIFT] = None
+
+    async def _take_all(self) -> None:
+        if self._going:
+            await self._machine.reclaim_pages(list(self._going))
+            self._going.clear()
+            self._heard.clear()
 
     def _age(self, task: Task, start: int, pages: int, size: int) -> None:
         last = start + (pages - 1) * PAGE_SIZE
