@@ -34,6 +34,8 @@ _DIRTY_YOUNG: Final = f.PTE_DIRTY | f.PTE_ACCESSED
 _STEP: Final = 512 * 8
 _FEW: Final = 8
 """Up to so many pages are touched one by one, which is cheaper than vector steps then."""
+_RESCHED_PAGES: Final = 16
+"""Accesses one by one that take less than the millisecond after which others may run."""
 
 
 async def access(
@@ -67,26 +69,29 @@ def access_nowait(mm: AddressSpace[Any], addr: int, write: bool = False) -> int:
     can change the VMA before the next await.
     """
     page = addr >> PAGE_SHIFT
+    at = page & 511
     pt = mm.pt
     leaf = pt.leaves.get(page >> 9)
     needed = _WRITABLE if write else _READABLE
+    used = _DIRTY_YOUNG if write else f.PTE_ACCESSED
     while True:
         if leaf is not None:
-            entry: int = leaf.pte[page & 511]
+            entry: int = leaf.pte[at]
             if entry & needed == needed:
-                leaf.pte[page & 511] = entry | (_DIRTY_YOUNG if write else f.PTE_ACCESSED)
+                if entry & used != used:
+                    leaf.pte[at] = entry | used
                 break
         elif pt.huge:
             entry = pt.get(page)
             if entry & needed == needed:
-                pt.huge[page >> 9] |= _DIRTY_YOUNG if write else f.PTE_ACCESSED
+                pt.huge[page >> 9] |= used
                 break
         if mm.on_fault is not None or not mm.users:
             return 0
-        at = bisect_right(mm.firsts, page) - 1
-        if at < 0:
+        nth = bisect_right(mm.firsts, page) - 1
+        if nth < 0:
             return 0
-        vma = mm.vmas[at]
+        vma = mm.vmas[nth]
         allowed = f.VM_WRITE if write else f.VM_ACCESS_FLAGS
         if page >= vma.last or not vma.flags & allowed or vma.lock_seq == mm.lock_seq:
             return 0
@@ -249,7 +254,8 @@ async def touch(
             for at in range(page, end):
                 if not access_nowait(mm, at << PAGE_SHIFT, write):
                     await access(mm, at << PAGE_SHIFT, write)
-                await machine.cond_resched(1)
+                if not at % _RESCHED_PAGES:
+                    await machine.cond_resched(_RESCHED_PAGES)
         page = end
 
 

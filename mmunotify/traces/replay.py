@@ -45,6 +45,8 @@ Era = Literal["linux-6", "v16"]
 _FRAMES: Final = 1 << 20
 _RESCHED_PAGES: Final = 16
 """Faults that take less than the millisecond after which others may run."""
+_FEW: Final = 8
+"""Up to so many pages are not worth a call for all of them."""
 _RECLAIM_PAGES: Final = 128
 """As much of others' reclaim is done at once, without letting others run."""
 _SWAP: Final = 1 << 20
@@ -307,7 +309,7 @@ class Replay:
         """The program accesses some pages in a row; with `step` each for itself."""
         mm = space.mm
         try:
-            if pages > 1 and not step:
+            if pages > _FEW and not step:
                 await mm.touch(address & -PAGE_SIZE, pages * PAGE_SIZE, write)
                 return
             for at in range(address, address + pages * PAGE_SIZE, PAGE_SIZE):
