@@ -311,9 +311,9 @@ class GruDriver(AtomicDriver):
         if not self._used:
             self._open_contexts()
         if write:
-            instruction = Instruction(_GAMER, address & ~3, xtype=_W, exop=_OR)
+            instruction = Instruction(_GAMER, address & ~3, 0, _W, exop=_OR)
         else:
-            instruction = Instruction(_VFLUSH, address, xtype=_B)
+            instruction = Instruction(_VFLUSH, address, 0, _B)
         try:
             await self._used[(address >> PAGE_SHIFT) % len(self._used)].execute(instruction)
         except InstructionException as stopped:

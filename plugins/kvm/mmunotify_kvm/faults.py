@@ -74,9 +74,13 @@ async def page_fault(vm: VirtualMachine, vcpu: VCpu, gfn: int, write: bool = Fal
         found = vm.lookup_nowait(slot.hva + ((gfn - slot.base) << PAGE_SHIFT))
         if found is None:
             return await _page_fault_slow(vm, vcpu, slot, gfn, write)
-        # Nobody can have overtaken this: it has no use for SRCU, nor for an earlier sequence.
+        # Nobody can have overtaken this since `decide` has looked: it has no use for SRCU, nor for
+        # an earlier sequence.
         with mmu.lock:
-            result = _map_or_retry(vm, vcpu, slot, gfn, found, write, mmu.invalidate_seq)
+            if vcpu.overtaken is None:
+                result = direct_map(vm, vcpu, slot, gfn, found, write)
+            else:
+                result = _map_or_retry(vm, vcpu, slot, gfn, found, write, mmu.invalidate_seq)
     assert result is not None
     if vm.trace:
         vm.trace_fault(vcpu, gfn, write, result)

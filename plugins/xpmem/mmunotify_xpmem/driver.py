@@ -69,7 +69,8 @@ class _Body:
         found = importers[self._turn].ptes.get(address >> PAGE_SHIFT)
         if found is None or (write and not found.writable):
             return False
-        self._turn = (self._turn + 1) % len(importers)
+        if len(importers) > 1:
+            self._turn = (self._turn + 1) % len(importers)
         return True
 
     async def fault(self, address: int, *, write: bool = False) -> None:
