@@ -230,6 +230,10 @@ class Replay:
                 await self._reclaim(task, None)
             if kind == "u":
                 self._announced(task, (a, b))
+                for start in range(b, a + pages * PAGE_SIZE, PAGE_SIZE) if pages > 1 else ():
+                    if task.reclaimed is not None:
+                        await self._reclaim(task, None)
+                    self._announced(task, (start, start + PAGE_SIZE))
                 continue
             if kind == "a":
                 self._age(task, a, pages, b - a)

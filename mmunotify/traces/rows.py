@@ -3,7 +3,8 @@
 A replay is as slow as its number of Python steps, so whatever can be decided for a whole block at
 once is decided here, in numpy:
 
-- faults of one task on the next page each, alike, are one row, and so is ageing;
+- faults of one task on the next page each, alike, are one row, and so are ageing and
+  announcements of the next page each;
 - a fault whose announcement follows, and whose task then goes on, has it in its row;
 - so has reclaim that is asked for the age of a page, unmaps it, and counts it for its owner.
 
@@ -152,14 +153,17 @@ def _runs(
 ) -> tuple[Ints, Ints]:
     """Where runs begin, and where they end: their first and last events."""
     pages = a >> _PAGE_BITS
-    ages = kinds[1:] == _A
+    # What has an end is a page each, whose ends follow each other as the pages do.
+    single = ((kinds == _A) | (kinds == _U)) & (b - a == _PAGE)
     joins = (
         (kinds[1:] == kinds[:-1])
-        & (((kinds[1:] == _F) & (told[1:] != OPEN)) | ages)
         & (tids[1:] == tids[:-1])
         & (pages[1:] == pages[:-1] + _ONE)
         & (told[1:] == told[:-1])
-        & (ages | (b[1:] == b[:-1]))
+        & (
+            ((kinds[1:] == _F) & (told[1:] != OPEN) & (b[1:] == b[:-1]))
+            | (single[1:] & single[:-1])
+        )
     )
     begins = np.ones(len(kinds), np.bool_)
     begins[1:] = ~joins

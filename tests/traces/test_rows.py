@@ -78,6 +78,18 @@ def test_fault_of_which_not_all_is_known_stays_open(after: str) -> None:
     assert rows_of(f"f 7 1000 99 7; {after}")[0] == (0, "f", 7, 1, 7, OPEN)
 
 
+def test_announcements_of_the_next_page_each_are_one_row() -> None:
+    text = (
+        "u 7 1000 2000; u 7 2000 3000; u 7 3000 4000; u 8 4000 5000; u 8 5000 7000; u 8 6000 7000"
+    )
+    assert [row[:4] for row in rows_of(text)] == [
+        (0, "u", 7, 3),
+        (3, "u", 8, 1),
+        (4, "u", 8, 1),
+        (5, "u", 8, 1),
+    ]
+
+
 def test_reclaim_is_one_row_with_its_owner() -> None:
     text = "a 9 1000 2000; a 9 2000 3000; a 9 1000 2000; u 9 1000 2000; m 9 aa 1 4096; "
     text += "a 9 2000 3000; u 9 2000 3000; e 9"
