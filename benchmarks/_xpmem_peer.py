@@ -1,9 +1,14 @@
 """The other process of the XPMEM benchmarks: `python -m benchmarks._xpmem_peer BACKEND ROLE …`.
 
-raw PATH REQUEST REPLY CHUNK    answers each REQUEST bytes with REPLY bytes, CHUNK at a time
-exporter PATH PAGES             exports that many pages
-importer PATH SEGID SIZE        reads that many bytes whenever a byte comes on standard input
-busy PATH SEGID SIZE            reads from one page after the other of that many bytes
+raw PATH REQUEST REPLY CHUNK BUFFER
+    answers each REQUEST bytes with REPLY bytes, CHUNK at a time; BUFFER is what the socket has, or
+    0 for what it has by default
+exporter PATH PAGES
+    exports that many pages
+importer PATH SEGID SIZE
+    reads that many bytes whenever a byte comes on standard input
+busy PATH SEGID SIZE
+    reads from one page after the other of that many bytes
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ async def answer(sock: socket.socket, request: int, reply: int, chunk: int) -> N
             await send(sock, memory[at : at + chunk])
 
 
-async def raw(path: str, request: int, reply: int, chunk: int) -> None:
+async def raw(path: str, request: int, reply: int, chunk: int, buffer: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -62,6 +67,8 @@ async def raw(path: str, request: int, reply: int, chunk: int) -> None:
         sock, _ = listener.accept()
         with sock:
             sock.setblocking(False)
+            if buffer:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             try:
                 await answer(sock, request, reply, chunk)
             except (EOFError, ConnectionError):

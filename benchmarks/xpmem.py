@@ -8,8 +8,9 @@ loop. It knows no protocol: what is left is what ours costs.
     stream      a byte, then all the memory in pieces of a batch, received where it is wanted
     n of them   with n processes, as ours are, one after the other: each is over before the next
 
-All importers have a process of their own. What a fan-out costs that sends to all before it waits is
-printed besides.
+Its sockets are as the system makes them. All importers have a process of their own. Printed besides
+is what a bare stream costs whose sockets have buffers as long as ours, and a bare fan-out that
+sends to all before it waits for the first.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import anyio.lowlevel
 
 import mmunotify as mn
 from mmunotify_xpmem import RDONLY, DeferredXpmemDriver, FileSpace, Partition, StreamEngine
+from mmunotify_xpmem.stream_engine import SOCKET_BUFFER
 from mmunotify_xpmem.thread_group import ThreadGroup
 from mmunotify_xpmem.wire import Ack, Fault, Inv, Page, encode
 
@@ -111,10 +113,16 @@ def ping_pong(sock: socket.socket, request: int, reply: int) -> Any:
 
 
 def bare_peer(
-    stack: ExitStack, backend: str, path: Path, request: int, reply: int, chunk: int
+    stack: ExitStack,
+    backend: str,
+    path: Path,
+    request: int,
+    reply: int,
+    chunk: int,
+    buffer: int = 0,
 ) -> socket.socket:
     """A process that answers without a protocol, and the connection to it."""
-    stack.enter_context(peer(backend, "raw", path, request, reply, chunk))
+    stack.enter_context(peer(backend, "raw", path, request, reply, chunk, buffer))
     return stack.enter_context(connected(path))
 
 
@@ -149,6 +157,11 @@ async def faults_and_reads(backend: str) -> list[Row]:
         bare_stream = ping_pong(
             bare_peer(stack, backend, where / "stream", 1, size, BATCH * PAGE), 1, size
         )
+        buffered = ping_pong(
+            bare_peer(stack, backend, where / "buffered", 1, size, BATCH * PAGE, SOCKET_BUFFER),
+            1,
+            size,
+        )
         segid, _ = stack.enter_context(peer(backend, "exporter", where / "xpmem", SEQUENTIAL))
         engine = StreamEngine(connect=[f"unix:{where / 'xpmem'}"])
         async with Partition(engine) as partition:
@@ -171,10 +184,13 @@ async def faults_and_reads(backend: str) -> list[Row]:
                     drop()
 
             one, pong = await async_minima(fault, bare, number=300, rounds=12)
-            many, stream = await async_minima(read, bare_stream, number=1, rounds=15)
+            many, stream, longer = await async_minima(
+                read, bare_stream, buffered, number=1, rounds=15
+            )
     return [
         at_most(f"page fault, {backend}", one / pong, 2, "a bare ping-pong of the same bytes"),
         at_most(f"sequential read, {backend}", many / stream, 2, "a bare stream of the same bytes"),
+        printed(f"sequential read, {backend}", many / longer, "the same with our socket buffers"),
     ]
 
 

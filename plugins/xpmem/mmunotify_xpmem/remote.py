@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .partition import Partition
     from .wire import Buffer
 
-WINDOW: Final = 4
+WINDOW: Final = 8
 """Batches of a long read that are under way at a time."""
 AHEAD: Final = 16
 """Pages of the first batch that is read ahead."""

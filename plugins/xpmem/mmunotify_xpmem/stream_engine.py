@@ -55,13 +55,13 @@ _BUFFER: Final = 16 << 10
 """Bytes of a link's buffer. A frame that is longer than that is received where its user says."""
 _AGAIN: Final = 8
 """Times in a row that a link is read before others are."""
-_EAGER: Final = 8
+_EAGER: Final = 32
 """Answers in a row that are taken without letting others run."""
 _READY: Final = 64
 """Links that are read in one turn."""
 _BACKLOG: Final = 128
-_SOCKET_BUFFER: Final = 1 << 20
-"""Bytes, as far as the system permits: a batch of pages fits."""
+SOCKET_BUFFER: Final = 2 << 20
+"""Bytes, as far as the system permits: a long read's batches under way fit."""
 _PAUSES: Final = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
 """Seconds before each attempt to connect again."""
 
@@ -474,7 +474,7 @@ class StreamEngine:
         assert events is not None
         sock.setblocking(False)
         for size in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, size, _SOCKET_BUFFER)
+            sock.setsockopt(socket.SOL_SOCKET, size, SOCKET_BUFFER)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sender = ProcessSender.of(sock)
