@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 LOCKS: Final[dict[str, Any]] = {"spin": SpinLocks, "rwsem": RwSems}
 HOT: Final = Touching("hot", pages=64)
 INTERRUPTED: Final = 130
-_YOUNG: Final = 20_000
-"""Objects after which the young ones are looked through for cycles."""
 LABELS: Final = {
     "pages": "pages announced",
     "mapped": "really mapped",
@@ -161,10 +159,8 @@ def run(replay: Replay, *, quiet: bool) -> None:
         told = " ".join(f"{meter.name} {sum(meter.calls.values())}" for meter in replay.meters)
         progress.update(task, completed=replay.events, rate=f"{speed:,.0f} events/s", told=told)
 
-    # What is there by now stays, and collections need not look at it. Few of the objects that a
-    # replay makes are parts of cycles: those of address spaces that are gone.
+    # What is there by now stays, and collections need not look at it.
     gc.freeze()
-    gc.set_threshold(_YOUNG)
     with progress, _interruptible(replay):
         anyio.run(replay.run, advance)
 
