@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-import structlog
 from anyio.lowlevel import checkpoint
 
 from mmunotify import (
@@ -26,15 +24,12 @@ from mmunotify import (
 from mmunotify.locks import lockdep
 from mmunotify.locks.rwsem import _WAITERS, _Waiter
 from mmunotify.testing.explore import DFS, PCT, Exploration, Strategy, always, explore
+from silent import SILENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
     Scenario = Callable[[], Coroutine[Any, Any, Any]]
-
-SILENT = structlog.wrap_logger(
-    structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
-)
 
 
 @pytest.fixture(autouse=True)

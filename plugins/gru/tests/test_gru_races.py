@@ -6,12 +6,10 @@ in between. After each step the checker looks at all TLBs.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-import structlog
 from anyio.lowlevel import checkpoint
 
 import mmunotify as mn
@@ -21,6 +19,7 @@ from mmunotify_gru import Exop, Gru, GruChecker, GruDriver, MessageQueue, Sender
 from mmunotify_gru.errors import ContextClosed
 from mmunotify_gru.hardware.chiplet import Chiplet
 from mmunotify_gru.hardware.tfh import Tfh
+from silent import SILENT
 from slow_primary import SlowPrimary
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     Scenario = Callable[[], Coroutine[Any, Any, Any]]
 
 BASE = 0x10000
-SILENT = structlog.wrap_logger(
-    structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
-)
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,11 @@ each step: a permit that is not fenced has no page that is older than the export
 
 from __future__ import annotations
 
-import logging
 from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
-import structlog
 from anyio.lowlevel import checkpoint
 
 import mmunotify as mn
@@ -24,6 +22,7 @@ from mmunotify_xpmem.exporter import Exporter
 from mmunotify_xpmem.importer import Importer
 from mmunotify_xpmem.pfns import PfnTable
 from mmunotify_xpmem.thread_group import ThreadGroup
+from silent import SILENT
 from slow_primary import SlowPrimary
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
 PAGE = mn.PAGE_SIZE
 BASE = 0x10000
 ME = Credentials(1, 1)
-SILENT = structlog.wrap_logger(
-    structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
-)
 
 
 @pytest.fixture(autouse=True)
